@@ -102,10 +102,10 @@ class OutcomeUnknown(LumedError):
     code = "outcome_unknown"
 
 
-class BrokenVm(LumedError):
-    """The VM's own files cannot be read; nothing of them was changed."""
+class Damaged(LumedError):
+    """A file of ours (a VM's, or the settings) cannot be understood; it was left as it is."""
 
-    code = "broken_vm"
+    code = "damaged"
 
 
 class ToolFailed(LumedError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -53,6 +54,15 @@ class Display:
     width: int = 1024
     height: int = 768
 
+    @classmethod
+    def parse(cls, text: object) -> Display:
+        """Read "1024x768", 64 to 16384 pixels a side; ValueError otherwise."""
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text) if isinstance(text, str) else None
+        width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not (64 <= width <= 16384 and 64 <= height <= 16384):
+            raise ValueError(f"{text!r:.60} is not a display size; write it as 1024x768")
+        return cls(width, height)
+
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
@@ -85,4 +95,6 @@ class VmConfig:
     firmware: Firmware = Firmware.UEFI
     image: str | None = None
     ports: tuple[PortForward, ...] = field(default=())
+    ssh_keys: tuple[str, ...] = field(default=())
+    user_data: str | None = None
     created_at: str = ""

@@ -1,0 +1,92 @@
+"""The verbs, as the routes see them.
+
+`service/` implements them on this host; another implementation could pass them on to a cluster,
+so nothing here is tied to one machine. Every method raises LumedError subclasses only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lumed.model.host import HostStatus
+from lumed.model.operation import Operation
+from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
+from lumed.model.view import VmView
+from lumed.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A long action that has begun."""
+
+    vm: VmView
+    operation: Operation
+
+
+class Engine(Protocol):
+    """Everything the API can do."""
+
+    async def list_vms(self, storage: str | None = None) -> list[VmView]:
+        """All VMs, or those of one location; in every state, sorted by name."""
+
+    async def get_vm(self, name: str, storage: str | None = None) -> VmView:
+        """One VM. Raises NotFound."""
+
+    async def create_vm(self, request: CreateRequest) -> Accepted:
+        """Begin to make a VM; what can be checked is checked before this returns."""
+
+    async def update_vm(self, name: str, request: UpdateRequest) -> VmView:
+        """Change a stopped VM. Raises WrongState while it runs, InvalidField on a shrink."""
+
+    async def run_vm(self, name: str, request: RunRequest) -> Accepted:
+        """Begin to start a VM; what can be checked is checked before this returns."""
+
+    async def stop_vm(
+        self, name: str, storage: str | None = None, *, force: bool = False
+    ) -> VmView:
+        """Stop a VM and wait until it is off; last_end.step says what ended it."""
+
+    async def delete_vm(self, name: str, storage: str | None = None) -> None:
+        """Delete a VM; one that runs or is being made is stopped first."""
+
+    def list_operations(self) -> list[Operation]:
+        """The operations still known, newest first."""
+
+    def get_operation(self, operation_id: str) -> Operation:
+        """One operation. Raises NotFound."""
+
+    async def cancel_operation(self, operation_id: str) -> Operation:
+        """Ask an operation to stop and wait until it has. Raises WrongState if it is over."""
+
+    async def host_status(self) -> HostStatus:
+        """The host in numbers."""
+
+    def settings(self) -> Settings:
+        """The settings in force."""
+
+    async def change_settings(
+        self,
+        *,
+        home_directory: str | None = None,
+        cache_directory: str | None = None,
+        caching_enabled: bool | None = None,
+        default_image: str | None = None,
+    ) -> Settings:
+        """Change and keep some settings."""
+
+    def locations(self) -> dict[str, Path]:
+        """The named storage locations."""
+
+    async def add_location(self, name: str, path: str) -> Path:
+        """Configure a location. Raises AlreadyExists."""
+
+    async def remove_location(self, name: str) -> None:
+        """Forget a location; its VMs stay on disk. Raises Conflict for the default one."""
+
+    async def set_default_location(self, name: str) -> None:
+        """Choose the location for requests without `storage`."""
+
+    async def read_logs(self, kind: str, lines: int | None) -> dict[str, str]:
+        """The server's logs: `info` and `error`, the last lines of each."""

@@ -1,0 +1,58 @@
+"""The ASGI application: routes over an engine, behind the guard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from lumed import __version__
+from lumed.engine import Engine
+from lumed.http.errors import install_error_handlers
+from lumed.http.guard import Guard
+from lumed.http.host import config_routes, host_routes, operation_routes
+from lumed.http.schemas import ErrorObject
+from lumed.http.vms import vm_routes
+
+_FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorObject, "description": description}
+    for status, description in {
+        400: "The body is no JSON object",
+        403: "Refused: foreign Host or Origin",
+        404: "No such VM, operation or route",
+        409: "It exists, is in the wrong state, or is busy",
+        413: "The body is too large",
+        415: "Form and text bodies are refused",
+        422: "A field is missing, of the wrong type or out of range",
+        500: "A fault of the server or of a machine",
+        501: "Not possible on this host",
+        503: "QEMU, firmware or an accelerator is missing",
+        504: "A machine did not answer in time",
+        507: "No space",
+    }.items()
+}
+
+
+def build_app(engine: Engine, hosts: frozenset[str] = frozenset()) -> Guard:
+    """The application; hosts are the names, beside loopback's, that `Host` may hold."""
+    app = FastAPI(
+        title="lumed",
+        version=__version__,
+        description="The Lume API for Linux hosts.",
+        docs_url="/docs",
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_FAILURES,
+        # A request with a body and no content type is read as JSON (contract, section 4); the
+        # guard has refused those that a web page could send.
+        strict_content_type=False,
+    )
+    install_error_handlers(app)
+    for router in (
+        vm_routes(engine),
+        host_routes(engine),
+        operation_routes(engine),
+        config_routes(engine),
+    ):
+        app.include_router(router)
+    return Guard(app, hosts)

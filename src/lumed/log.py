@@ -1,0 +1,75 @@
+"""Logs: the event first, facts as fields: `machine started vm=web pid=4711 accel=tcg`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+_BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/:+@%,[]")
+
+
+class EventLog:
+    """A logger whose methods take an event and its facts. Secrets are never facts."""
+
+    def __init__(self, area: str) -> None:
+        self._logger = logging.getLogger(f"lumed.{area}")
+
+    def debug(self, event: str, **facts: object) -> None:
+        """Details for developers, such as an argv."""
+        self._write(logging.DEBUG, event, facts)
+
+    def info(self, event: str, **facts: object) -> None:
+        """Something happened as it should."""
+        self._write(logging.INFO, event, facts)
+
+    def warning(self, event: str, **facts: object) -> None:
+        """Something was not as it should be, and work went on."""
+        self._write(logging.WARNING, event, facts)
+
+    def error(self, event: str, **facts: object) -> None:
+        """Something failed."""
+        self._write(logging.ERROR, event, facts)
+
+    def exception(self, event: str, error: BaseException, **facts: object) -> None:
+        """A fault of lumed itself, with its traceback."""
+        self._logger.error(_format(event, facts), exc_info=error)
+
+    def _write(self, level: int, event: str, facts: dict[str, object]) -> None:
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, _format(event, facts))
+
+
+def _format(event: str, facts: dict[str, object]) -> str:
+    return " ".join([event, *(f"{key}={_quote(str(value))}" for key, value in facts.items())])
+
+
+def _quote(text: str) -> str:
+    # A name or a guest's word must not be able to forge a second log line.
+    return text if text and _BARE.issuperset(text) else ascii(text)
+
+
+def start_logging(directory: Path, level: str) -> None:
+    """Log to `lumed.log` (all) and `lumed.error.log` (warnings and worse), and warnings to stderr.
+
+    5 files of 2 MB each, mode 0600. `GET /lume/logs` reads these files.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    formatter = logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    root = logging.getLogger("lumed")
+    root.setLevel(level.upper())
+    root.propagate = False
+    for name, threshold in (("lumed.log", logging.DEBUG), ("lumed.error.log", logging.WARNING)):
+        path = directory / name
+        path.touch(mode=0o600)
+        handler = RotatingFileHandler(path, maxBytes=2_000_000, backupCount=4)
+        handler.setLevel(threshold)
+        handler.setFormatter(formatter)
+        root.addHandler(handler)
+    stderr = logging.StreamHandler(sys.stderr)
+    stderr.setLevel(logging.WARNING)
+    stderr.setFormatter(formatter)
+    root.addHandler(stderr)

@@ -1,0 +1,89 @@
+"""One QMP connection with deadlines and our errors.
+
+qemu.qmp drives the protocol. Its event listener goes silent when the connection dies, so
+whoever supervises a machine watches its process as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+from qemu.qmp import (
+    ConnectError,
+    EventListener,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    StateError,
+)
+
+from lumed.errors import MachineFailed, OutcomeUnknown, TimedOut
+
+
+class Monitor:
+    """A connection to one machine's monitor."""
+
+    def __init__(self, client: QMPClient, listener: EventListener) -> None:
+        self._client = client
+        self._listener = listener
+
+    @classmethod
+    async def connect(cls, socket: Path, timeout_s: float) -> Monitor:
+        """Connect and negotiate.
+
+        Raises TimedOut if the machine is silent (stopped, or its monitor is taken by another
+        client), MachineFailed if nobody listens any more.
+        """
+        client = QMPClient("lumed")
+        listener = EventListener()
+        client.register_listener(listener)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await client.connect(str(socket))
+        except TimeoutError as error:
+            await _disconnect(client)
+            raise TimedOut(f"QEMU's monitor was silent for {timeout_s:g} s") from error
+        except ConnectError as error:
+            await _disconnect(client)
+            raise MachineFailed(f"QEMU's monitor refused the connection: {error}") from error
+        return cls(client, listener)
+
+    async def execute(
+        self, command: str, arguments: Mapping[str, object] | None = None, *, timeout_s: float
+    ) -> object:
+        """Run a QMP command and return its `return` value.
+
+        Raises MachineFailed if QEMU refuses it or is gone, TimedOut if no answer came (the
+        command may still be carried out), OutcomeUnknown if the connection broke meanwhile.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._client.execute(command, dict(arguments or {}) or None)
+        except TimeoutError as error:
+            raise TimedOut(f"QEMU did not answer {command} within {timeout_s:g} s") from error
+        except ExecuteError as error:
+            raise MachineFailed(f"QEMU refused {command}: {error}") from error
+        except ExecInterruptedError as error:
+            raise OutcomeUnknown(f"QEMU went away during {command}") from error
+        except StateError as error:
+            raise MachineFailed(f"QEMU is gone; {command} was not sent") from error
+
+    async def events(self) -> AsyncIterator[Message]:
+        """Events from the connection's start on; ends never by itself."""
+        async for event in self._listener:
+            yield event
+
+    async def close(self) -> None:
+        """Disconnect; the machine stays."""
+        await _disconnect(self._client)
+
+
+async def _disconnect(client: QMPClient) -> None:
+    # disconnect() raises what broke the connection in the first place, which is known by then.
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(1):
+            await client.disconnect()

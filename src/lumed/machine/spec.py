@@ -1,0 +1,57 @@
+"""What a machine is made of: everything that a driver needs to start one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lumed.model.run import NetDevice
+from lumed.model.vm import DiskFormat, Display, Firmware
+
+
+@dataclass(frozen=True, slots=True)
+class DirectKernel:
+    """A kernel that is started without the disk's boot loader (recovery)."""
+
+    kernel: Path
+    initramfs: Path
+    command_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShareArgs:
+    """A shared directory's part of the machine, in the driver's own arguments."""
+
+    argv: tuple[str, ...]
+    pass_fds: tuple[int, ...] = ()
+    needs_shared_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MachineSpec:
+    """One machine. All paths are absolute; runtime_dir is private to this VM and short.
+
+    network None is a machine without a card. vnc_password None is one without VNC; it reaches
+    the machine only through its monitor. lock_fd is the descriptor whose lock the machine keeps.
+    """
+
+    uuid: str
+    name: str
+    cpu_count: int
+    memory_bytes: int
+    firmware: Firmware
+    disk: Path
+    disk_format: DiskFormat
+    display: Display
+    mac_address: str
+    runtime_dir: Path
+    log: Path
+    serial_log: Path
+    uefi_vars: Path | None = None
+    seed: Path | None = None
+    iso: Path | None = None
+    direct_kernel: DirectKernel | None = None
+    network: NetDevice | None = None
+    shares: tuple[ShareArgs, ...] = field(default=())
+    vnc_password: str | None = None
+    lock_fd: int | None = None

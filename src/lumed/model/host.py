@@ -1,0 +1,31 @@
+"""What the host is and has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of `lume doctor`: detail says why, hint is the line that mends it."""
+
+    name: str
+    ok: bool
+    value: str
+    detail: str = ""
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostStatus:
+    """The host in numbers. Memory and disk in bytes; the disk is that of the default location."""
+
+    vm_count: int
+    running_count: int
+    max_vms: int
+    cpu_count: int
+    memory_total_bytes: int
+    memory_available_bytes: int
+    disk_free_bytes: int
+    accelerator: str | None
+    accelerator_reason: str | None

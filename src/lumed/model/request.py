@@ -1,0 +1,61 @@
+"""What a caller asks of the engine; shapes and ranges are checked, the world is not yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lumed.model.run import VncMode
+from lumed.model.vm import Display, Firmware, GuestOs, PortForward
+
+
+@dataclass(frozen=True, slots=True)
+class CreateRequest:
+    """A VM to be made. image None is an empty disk, unless installs names one (`ipsw`)."""
+
+    name: str
+    os: GuestOs
+    cpu_count: int
+    memory_bytes: int
+    disk_size_bytes: int
+    display: Display = field(default_factory=Display)
+    image: str | None = None
+    ipsw: str | None = None
+    storage: str | None = None
+    network: str = "nat"
+    user_data: str | None = None
+    ssh_keys: tuple[str, ...] = ()
+    ports: tuple[PortForward, ...] = ()
+    firmware: Firmware | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRequest:
+    """What to change; None leaves a setting as it is."""
+
+    cpu_count: int | None = None
+    memory_bytes: int | None = None
+    disk_size_bytes: int | None = None
+    display: Display | None = None
+    storage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShareRequest:
+    """A directory to share, as it was written: `~` and links are not resolved yet."""
+
+    host_path: str
+    read_only: bool = False
+    tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """How to run a VM. network None is the VM's own."""
+
+    no_display: bool = True
+    shared_directories: tuple[ShareRequest, ...] = ()
+    recovery_mode: bool = False
+    mount: str | None = None
+    network: str | None = None
+    vnc: VncMode = VncMode.ENABLED
+    storage: str | None = None

@@ -1,0 +1,209 @@
+"""Operations: they run here, whoever waits for them, and leave a trace on disk.
+
+An operation belongs to the engine's task group, so a client that hangs up ends nothing. Its
+file is written at start and at end; one that still says "running" when a server starts was
+interrupted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from lumed.errors import LumedError, NotFound, WrongState
+from lumed.files import write_json
+from lumed.log import EventLog
+from lumed.model.operation import Operation, OperationError, OperationStatus
+from lumed.naming import new_operation_id
+
+_log = EventLog("operations")
+
+KEPT = 200
+KEPT_FOR = timedelta(days=7)
+_CANCEL_TIMEOUT_S = 20.0
+
+
+def utc_now() -> str:
+    """The time as the API writes it (RFC 3339, UTC)."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class RunningOperation:
+    """The handle that the work itself holds: to tell its stage and its progress."""
+
+    def __init__(self, registry: Operations, operation: Operation) -> None:
+        self._registry = registry
+        self.id = operation.id
+
+    def stage(self, stage: str) -> None:
+        """Tell what is being done now."""
+        self._registry.change(self.id, stage=stage)
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell how many bytes of how many are done."""
+        self._registry.change(self.id, bytes_done=done, bytes_total=total)
+
+
+class Operations:
+    """All operations of this home, the running ones and the latest that are over."""
+
+    def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
+        self._directory = directory
+        self._task_group = tasks
+        self._known: dict[str, Operation] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def load(self) -> None:
+        """Read what earlier servers left; what they had begun becomes "interrupted"."""
+        self._known = await asyncio.to_thread(_load, self._directory)
+
+    def list_all(self) -> list[Operation]:
+        """Newest first."""
+        return sorted(self._known.values(), key=lambda op: op.started_at, reverse=True)
+
+    def get(self, operation_id: str) -> Operation:
+        """One operation. Raises NotFound."""
+        try:
+            return self._known[operation_id]
+        except KeyError:
+            raise NotFound(f"Operation not found: {operation_id}") from None
+
+    def find_last(self, target: str, action: str) -> Operation | None:
+        """The newest operation of that kind on that VM."""
+        matching = (op for op in self.list_all() if (op.target, op.action) == (target, action))
+        return next(matching, None)
+
+    def change(self, operation_id: str, **changes: Any) -> Operation:
+        """Replace some facts of an operation."""
+        operation = replace(self._known[operation_id], **changes)
+        self._known[operation_id] = operation
+        return operation
+
+    async def start(
+        self,
+        action: str,
+        target: str,
+        work: Callable[[RunningOperation], Awaitable[None]],
+        *,
+        stage: str = "starting",
+    ) -> Operation:
+        """Record an operation, then let its work begin.
+
+        work raises LumedError to fail; a cancellation makes it "cancelled".
+        Raises NoSpace if not even the record can be kept; nothing has begun then.
+        """
+        operation = Operation(
+            id=new_operation_id(),
+            action=action,
+            target=target,
+            status=OperationStatus.RUNNING,
+            stage=stage,
+            started_at=utc_now(),
+        )
+        await self._keep(operation)
+        self._known[operation.id] = operation
+        handle = RunningOperation(self, operation)
+        self._tasks[operation.id] = self._task_group.create_task(
+            self._carry_out(handle, work), name=f"{action} {target}"
+        )
+        return operation
+
+    async def wait(self, operation_id: str, timeout_s: float | None) -> Operation:
+        """Wait until an operation is over, or until timeout_s has passed; how it is then."""
+        task = self._tasks.get(operation_id)
+        if task is not None:
+            await asyncio.wait({task}, timeout=timeout_s)
+        return self.get(operation_id)
+
+    async def cancel(self, operation_id: str) -> Operation:
+        """Ask an operation to stop and wait until it has. Raises WrongState if it is over."""
+        operation = self.get(operation_id)
+        task = self._tasks.get(operation_id)
+        if operation.is_over or task is None:
+            raise WrongState(f"Operation {operation_id} is over: {operation.status.value}")
+        task.cancel()
+        return await self.wait(operation_id, _CANCEL_TIMEOUT_S)
+
+    async def _carry_out(
+        self, handle: RunningOperation, work: Callable[[RunningOperation], Awaitable[None]]
+    ) -> None:
+        status, error = OperationStatus.SUCCEEDED, None
+        try:
+            await work(handle)
+        except asyncio.CancelledError:
+            # A cancelled operation ends here; only the end of the server goes further up.
+            status = OperationStatus.CANCELLED
+        except LumedError as failure:
+            status = OperationStatus.FAILED
+            error = OperationError(failure.code, failure.message, failure.hint)
+            _log.warning("operation failed", id=handle.id, error=failure)
+        except Exception as fault:
+            status = OperationStatus.FAILED
+            error = OperationError("internal", f"{type(fault).__name__}: {fault}")
+            _log.exception("operation failed", fault, id=handle.id)
+        finally:
+            self._tasks.pop(handle.id, None)
+        operation = self.change(
+            handle.id, status=status, stage="over", error=error, ended_at=utc_now()
+        )
+        self._forget_old()
+        # A full disk must not turn a success into a failure: the next server would only read
+        # "interrupted" here.
+        with contextlib.suppress(OSError, LumedError):
+            await self._keep(operation)
+
+    async def _keep(self, operation: Operation) -> None:
+        # Not durable: after a power cut no operation goes on, and its name is free anyway.
+        await asyncio.to_thread(
+            write_json, self._file(operation.id), asdict(operation), durable=False
+        )
+
+    def _forget_old(self) -> None:
+        over = [op for op in self.list_all() if op.is_over]
+        for operation in over[KEPT:]:
+            del self._known[operation.id]
+            self._file(operation.id).unlink(missing_ok=True)
+
+    def _file(self, operation_id: str) -> Path:
+        return self._directory / f"{operation_id}.json"
+
+
+def _load(directory: Path) -> dict[str, Operation]:
+    oldest = (datetime.now(UTC) - KEPT_FOR).isoformat()
+    found: list[Operation] = []
+    for file in directory.glob("op-*.json"):
+        try:
+            data: dict[str, Any] = json.loads(file.read_bytes())
+            error = data["error"]
+            operation = Operation(
+                **{
+                    **data,
+                    "status": OperationStatus(data["status"]),
+                    "error": None if error is None else OperationError(**error),
+                }
+            )
+        except (OSError, ValueError, TypeError, KeyError) as reason:
+            _log.warning("operation record unreadable", file=file, error=reason)
+            continue
+        if operation.started_at < oldest:
+            file.unlink(missing_ok=True)
+            continue
+        if not operation.is_over:
+            operation = replace(
+                operation,
+                status=OperationStatus.INTERRUPTED,
+                stage="over",
+                ended_at=utc_now(),
+                error=OperationError("interrupted", "The server ended before the work was done"),
+            )
+            with contextlib.suppress(OSError, LumedError):
+                write_json(file, asdict(operation))
+        found.append(operation)
+    found.sort(key=lambda op: op.started_at, reverse=True)
+    return {operation.id: operation for operation in found[:KEPT]}

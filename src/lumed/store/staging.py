@@ -1,0 +1,99 @@
+"""VMs in the making and VMs on their way out: neither can be mistaken for a VM.
+
+A VM is made in `<location>/.staging/<operation>/` and published by one rename; it is deleted by
+one rename into `<location>/.trash/`. Whatever a killed server leaves in those two folders is
+swept by the next one: a staged VM's owner lock is then free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lumed.claim import RunLock, is_locked, take_lock
+from lumed.errors import AlreadyExists, Busy, NotFound
+from lumed.files import fsync_dir, raise_no_space
+from lumed.store.vmdir import STAGING, TRASH, VmDir
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A folder in which a VM is being made."""
+
+    vm_dir: VmDir
+    location: Path
+    lock: RunLock
+
+    def publish(self, name: str) -> VmDir:
+        """Make it the VM `name`, in one step. Raises AlreadyExists."""
+        target = self.location / name
+        if os.path.lexists(target):
+            raise AlreadyExists(f"Virtual machine already exists with name: {name}")
+        fsync_dir(self.vm_dir.path)
+        # rename(2) replaces an empty folder, but only an empty one: a VM is never overwritten.
+        self.vm_dir.path.rename(target)
+        fsync_dir(self.location)
+        return VmDir(target)
+
+
+@contextlib.contextmanager
+def start_staging(location: Path, operation_id: str) -> Iterator[Staged]:
+    """A new staging folder; removed at the end unless it was published.
+
+    Raises NoSpace or OSError if it cannot be made.
+    """
+    directory = location / STAGING / operation_id
+    try:
+        directory.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        raise_no_space(error, location)
+        raise
+    lock_path = location / STAGING / f"{operation_id}.lock"
+    lock = take_lock(lock_path)
+    if lock is None:
+        raise Busy(f"{lock_path} is held by another server")
+    try:
+        yield Staged(VmDir(directory), location, lock)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        lock_path.unlink(missing_ok=True)
+        lock.close()
+
+
+def remove_vm(vm_dir: VmDir, token: str) -> None:
+    """Delete a VM: one rename, after which it is gone for everybody, then the files.
+
+    Raises NotFound if it is gone already.
+    """
+    trash = vm_dir.path.parent / TRASH
+    trash.mkdir(mode=0o700, exist_ok=True)
+    doomed = trash / token
+    try:
+        vm_dir.path.rename(doomed)
+    except FileNotFoundError as error:
+        raise NotFound(f"Virtual machine not found: {vm_dir.name}") from error
+    fsync_dir(vm_dir.path.parent)
+    shutil.rmtree(doomed)
+
+
+def sweep(locations: Iterable[Path]) -> list[str]:
+    """Remove what killed servers left; the ids of the operations whose staging was swept."""
+    swept: list[str] = []
+    for location in locations:
+        shutil.rmtree(location / TRASH, ignore_errors=True)
+        staging = location / STAGING
+        if not staging.is_dir():
+            continue
+        for entry in sorted(staging.iterdir()):
+            if entry.suffix == ".lock":
+                continue
+            lock = staging / f"{entry.name}.lock"
+            if not is_locked(lock):
+                shutil.rmtree(entry, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+                swept.append(entry.name)
+    return swept

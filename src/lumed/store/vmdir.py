@@ -1,0 +1,163 @@
+"""The folder of one VM, and the two files that say what it is.
+
+`config.json` has Lume's keys, so that a tool for Lume's folders can read it; `lumed.json` has
+what Lume knows nothing of. Both are replaced atomically.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from lumed.errors import Damaged
+from lumed.files import read_json_object, write_json
+from lumed.model.vm import Display, Firmware, GuestOs, PortForward, VmConfig
+
+STAGING = ".staging"
+TRASH = ".trash"
+
+
+@dataclass(frozen=True, slots=True)
+class VmDir:
+    """Names of the files in a VM's folder."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The VM's name is its folder's."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """Lume's part of the configuration."""
+        return self.path / "config.json"
+
+    @property
+    def extra(self) -> Path:
+        """lumed's part of the configuration."""
+        return self.path / "lumed.json"
+
+    @property
+    def disk(self) -> Path:
+        """The disk, always qcow2."""
+        return self.path / "disk.qcow2"
+
+    @property
+    def uefi_vars(self) -> Path:
+        """UEFI variables, qcow2 so that snapshots can hold them."""
+        return self.path / "uefi-vars.qcow2"
+
+    @property
+    def seed(self) -> Path:
+        """The NoCloud seed, made anew at each run."""
+        return self.path / "seed.iso"
+
+    @property
+    def run_lock(self) -> Path:
+        """Held by the running machine."""
+        return self.path / "run.lock"
+
+    @property
+    def run_record(self) -> Path:
+        """How to reach the running machine."""
+        return self.path / "run.json"
+
+    @property
+    def end_record(self) -> Path:
+        """How the last machine ended."""
+        return self.path / "end.json"
+
+    @property
+    def serial_log(self) -> Path:
+        """What the guest printed on its serial console in this run."""
+        return self.path / "serial.log"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU and its helpers printed in this run."""
+        return self.path / "qemu.log"
+
+
+def read_config(vm_dir: VmDir) -> VmConfig:
+    """What the VM is. Raises Damaged with the reason; nothing is changed then."""
+    try:
+        lume = read_json_object(vm_dir.config)
+        extra = read_json_object(vm_dir.extra)
+        return VmConfig(
+            uuid=_text(extra, "uuid"),
+            os=_guest_os(_text(lume, "os")),
+            cpu_count=_number(lume, "cpuCount"),
+            memory_bytes=_number(lume, "memorySize"),
+            disk_size_bytes=_number(lume, "diskSize"),
+            display=Display.parse(_text(lume, "display")),
+            mac_address=_text(lume, "macAddress"),
+            network=str(lume.get("networkMode") or "nat"),
+            firmware=Firmware(_text(extra, "firmware")),
+            image=cast("str | None", extra.get("image")),
+            ports=tuple(
+                PortForward(_number(p, "guestPort"), cast("int | None", p.get("hostPort")))
+                for p in cast("list[dict[str, object]]", extra.get("ports") or [])
+            ),
+            ssh_keys=tuple(str(key) for key in cast("list[str]", extra.get("sshKeys") or [])),
+            user_data=cast("str | None", extra.get("userData")),
+            created_at=str(extra.get("createdAt") or ""),
+        )
+    except OSError as error:
+        raise Damaged(
+            f"The VM {vm_dir.name} cannot be read: {error.strerror}: {error.filename}"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise Damaged(
+            f"The VM {vm_dir.name} cannot be read: {error}",
+            hint=f"mend {vm_dir.config} and {vm_dir.extra}; nothing else of the VM was touched",
+        ) from error
+
+
+def write_config(vm_dir: VmDir, config: VmConfig) -> None:
+    """Write both files. Raises NoSpace; each file is then the old or the new one."""
+    write_json(
+        vm_dir.extra,
+        {
+            "version": 1,
+            "uuid": config.uuid,
+            "driver": "qemu",
+            "firmware": config.firmware.value,
+            "image": config.image,
+            "ports": [{"guestPort": p.guest_port, "hostPort": p.host_port} for p in config.ports],
+            "sshKeys": list(config.ssh_keys),
+            "userData": config.user_data,
+            "createdAt": config.created_at,
+        },
+    )
+    write_json(
+        vm_dir.config,
+        {
+            "os": config.os.value,
+            "cpuCount": config.cpu_count,
+            "memorySize": config.memory_bytes,
+            "diskSize": config.disk_size_bytes,
+            "macAddress": config.mac_address,
+            "display": str(config.display),
+            "networkMode": config.network,
+        },
+    )
+
+
+def _guest_os(text: str) -> GuestOs:
+    return GuestOs.MACOS if text.lower() in ("macos", "darwin") else GuestOs(text.lower())
+
+
+def _text(data: dict[str, object], key: str) -> str:
+    value = data.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is missing or no text")
+    return value
+
+
+def _number(data: dict[str, object], key: str) -> int:
+    value = data.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{key} is missing or no positive number")
+    return value
