@@ -220,6 +220,16 @@ async def run_tool(
     )
 
 
+def read_last_words(log: Path) -> str:
+    """The end of a program's log, for the message that tells why it failed. Blocking."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+            return file.read().decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Child:
     """A detached program that this process started and therefore reaps.

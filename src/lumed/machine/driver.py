@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lumed.machine.spec import MachineSpec
+from lumed.model.vm import Firmware
 from lumed.osproc import ProcessId
 
 
@@ -50,7 +51,14 @@ class StatusChanged:
     status: MachineStatus
 
 
-MachineEvent = AgentOpened | GuestShutDown | GuestReset | StatusChanged
+@dataclass(frozen=True, slots=True)
+class DiskError:
+    """The machine could not write to its disk and was paused for it."""
+
+    no_space: bool
+
+
+MachineEvent = AgentOpened | GuestShutDown | GuestReset | StatusChanged | DiskError
 
 
 class Machine(Protocol):
@@ -64,11 +72,21 @@ class Machine(Protocol):
     def exit_status(self) -> asyncio.Future[int] | None:
         """Its exit status; None if it is no child of this server."""
 
+    @property
+    def agent_socket(self) -> Path | None:
+        """The host's end of the guest agent's channel; None if it has none."""
+
+    async def query_agent_open(self, timeout_s: float) -> bool:
+        """Whether a program in the guest has that channel open."""
+
     async def query_status(self, timeout_s: float) -> MachineStatus:
         """Ask the machine. Raises TimedOut if it is silent, MachineFailed if it is gone."""
 
     def events(self) -> AsyncIterator[MachineEvent]:
         """What happens to it from now on; ends when the connection is lost."""
+
+    async def resume(self, timeout_s: float) -> None:
+        """Let a paused machine go on."""
 
     async def press_power_button(self, timeout_s: float) -> None:
         """Ask the guest's system to shut down (ACPI). Raises as query_status does."""
@@ -89,6 +107,9 @@ class Machine(Protocol):
 class MachineDriver(Protocol):
     """Starts machines and finds them again."""
 
+    async def check_ready(self, firmware: Firmware) -> None:
+        """Raise MissingDependency, with the line that mends it, if no machine could start."""
+
     async def launch(self, spec: MachineSpec) -> Machine:
         """Start a machine; returns once its monitor has answered.
 
@@ -97,9 +118,15 @@ class MachineDriver(Protocol):
         """
 
     async def adopt(
-        self, process: ProcessId, runtime_dir: Path, uuid: str, vnc_password: str | None
+        self,
+        process: ProcessId,
+        runtime_dir: Path,
+        uuid: str,
+        vnc_password: str | None,
+        timeout_s: float | None,
     ) -> Machine:
         """Take up a machine that another server started.
 
-        Raises TimedOut if it is silent, MachineFailed if it is gone or is another VM's.
+        Raises TimedOut if it is silent for timeout_s (None waits until it speaks), MachineFailed
+        if it is gone or is another VM's.
         """

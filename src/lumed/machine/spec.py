@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lumed.machine.shares import ShareDevice
 from lumed.model.run import NetDevice
 from lumed.model.vm import DiskFormat, Display, Firmware
 
@@ -19,20 +20,12 @@ class DirectKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class ShareArgs:
-    """A shared directory's part of the machine, in the driver's own arguments."""
-
-    argv: tuple[str, ...]
-    pass_fds: tuple[int, ...] = ()
-    needs_shared_memory: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class MachineSpec:
     """One machine. All paths are absolute; runtime_dir is private to this VM and short.
 
-    network None is a machine without a card. vnc_password None is one without VNC; it reaches
-    the machine only through its monitor. lock_fd is the descriptor whose lock the machine keeps.
+    uefi_vars is made by the driver if it is missing. network None is a machine without a card.
+    vnc_password None is one without VNC; the password reaches it only through its monitor.
+    lock_fd is the descriptor whose lock the machine keeps.
     """
 
     uuid: str
@@ -52,6 +45,6 @@ class MachineSpec:
     iso: Path | None = None
     direct_kernel: DirectKernel | None = None
     network: NetDevice | None = None
-    shares: tuple[ShareArgs, ...] = field(default=())
+    shares: tuple[ShareDevice, ...] = field(default=())
     vnc_password: str | None = None
     lock_fd: int | None = None

@@ -21,6 +21,7 @@ from lumed.files import write_json
 from lumed.log import EventLog
 from lumed.model.operation import Operation, OperationError, OperationStatus
 from lumed.naming import new_operation_id
+from lumed.service.tasks import TaskOwner
 
 _log = EventLog("operations")
 
@@ -45,19 +46,21 @@ class RunningOperation:
         """Tell what is being done now."""
         self._registry.change(self.id, stage=stage)
 
-    def progress(self, done: int, total: int) -> None:
-        """Tell how many bytes of how many are done."""
-        self._registry.change(self.id, bytes_done=done, bytes_total=total)
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell stage and bytes at once; a total of 0 is unknown."""
+        known = (done, total) if total else (None, None)
+        self._registry.change(self.id, stage=stage, bytes_done=known[0], bytes_total=known[1])
 
 
 class Operations:
     """All operations of this home, the running ones and the latest that are over."""
 
-    def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, directory: Path, tasks: TaskOwner) -> None:
         self._directory = directory
-        self._task_group = tasks
+        self._owner = tasks
         self._known: dict[str, Operation] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._failures: dict[str, LumedError] = {}
 
     async def load(self) -> None:
         """Read what earlier servers left; what they had begun becomes "interrupted"."""
@@ -79,6 +82,18 @@ class Operations:
         matching = (op for op in self.list_all() if (op.target, op.action) == (target, action))
         return next(matching, None)
 
+    def find_running(self, target: str) -> str | None:
+        """The id of the operation that runs on that VM."""
+        running = (self._known[key] for key in self._tasks)
+        return next((op.id for op in running if op.target == target), None)
+
+    def get_failure(self, operation_id: str) -> LumedError:
+        """What an operation failed with, as the error that it was."""
+        failure = self._failures.get(operation_id)
+        if failure is not None:
+            return failure
+        return WrongState(f"Operation {operation_id} was {self.get(operation_id).status.value}")
+
     def change(self, operation_id: str, **changes: Any) -> Operation:
         """Replace some facts of an operation."""
         operation = replace(self._known[operation_id], **changes)
@@ -91,11 +106,12 @@ class Operations:
         target: str,
         work: Callable[[RunningOperation], Awaitable[None]],
         *,
-        stage: str = "starting",
+        on_over: Callable[[], None] = lambda: None,
     ) -> Operation:
         """Record an operation, then let its work begin.
 
-        work raises LumedError to fail; a cancellation makes it "cancelled".
+        work raises LumedError to fail; a cancellation makes it "cancelled". on_over is called
+        once it is over, also if it was cancelled before its first step.
         Raises NoSpace if not even the record can be kept; nothing has begun then.
         """
         operation = Operation(
@@ -103,15 +119,22 @@ class Operations:
             action=action,
             target=target,
             status=OperationStatus.RUNNING,
-            stage=stage,
+            stage="starting",
             started_at=utc_now(),
         )
         await self._keep(operation)
         self._known[operation.id] = operation
         handle = RunningOperation(self, operation)
-        self._tasks[operation.id] = self._task_group.create_task(
-            self._carry_out(handle, work), name=f"{action} {target}"
-        )
+        task = self._owner.create_task(self._carry_out(handle, work), f"{action} {target}")
+        self._tasks[operation.id] = task
+
+        def settle(_: asyncio.Task[None]) -> None:
+            self._tasks.pop(operation.id, None)
+            if not self.get(operation.id).is_over:
+                self.change(operation.id, **_over(OperationStatus.CANCELLED))
+            on_over()
+
+        task.add_done_callback(settle)
         return operation
 
     async def wait(self, operation_id: str, timeout_s: float | None) -> Operation:
@@ -142,16 +165,13 @@ class Operations:
         except LumedError as failure:
             status = OperationStatus.FAILED
             error = OperationError(failure.code, failure.message, failure.hint)
+            self._failures[handle.id] = failure
             _log.warning("operation failed", id=handle.id, error=failure)
         except Exception as fault:
             status = OperationStatus.FAILED
             error = OperationError("internal", f"{type(fault).__name__}: {fault}")
             _log.exception("operation failed", fault, id=handle.id)
-        finally:
-            self._tasks.pop(handle.id, None)
-        operation = self.change(
-            handle.id, status=status, stage="over", error=error, ended_at=utc_now()
-        )
+        operation = self.change(handle.id, error=error, **_over(status))
         self._forget_old()
         # A full disk must not turn a success into a failure: the next server would only read
         # "interrupted" here.
@@ -168,10 +188,15 @@ class Operations:
         over = [op for op in self.list_all() if op.is_over]
         for operation in over[KEPT:]:
             del self._known[operation.id]
+            self._failures.pop(operation.id, None)
             self._file(operation.id).unlink(missing_ok=True)
 
     def _file(self, operation_id: str) -> Path:
         return self._directory / f"{operation_id}.json"
+
+
+def _over(status: OperationStatus) -> dict[str, Any]:
+    return {"status": status, "stage": "over", "ended_at": utc_now()}
 
 
 def _load(directory: Path) -> dict[str, Operation]:
@@ -197,10 +222,8 @@ def _load(directory: Path) -> dict[str, Operation]:
         if not operation.is_over:
             operation = replace(
                 operation,
-                status=OperationStatus.INTERRUPTED,
-                stage="over",
-                ended_at=utc_now(),
                 error=OperationError("interrupted", "The server ended before the work was done"),
+                **_over(OperationStatus.INTERRUPTED),
             )
             with contextlib.suppress(OSError, LumedError):
                 write_json(file, asdict(operation))

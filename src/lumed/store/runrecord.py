@@ -25,6 +25,7 @@ class RunRecord:
     runtime_dir: str
     accelerator: str
     network: str
+    mac_address: str
     options: RunOptions
     started_at: str
     process: ProcessId | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,6 +14,7 @@ from lumed.errors import LumedError, MachineFailed, OutcomeUnknown
 from lumed.log import EventLog
 from lumed.machine.driver import (
     AgentOpened,
+    DiskError,
     GuestReset,
     GuestShutDown,
     MachineEvent,
@@ -23,18 +23,24 @@ from lumed.machine.driver import (
 )
 from lumed.machine.qemu.accel import Accelerator, accel_args
 from lumed.machine.qemu.argv import SocketFds, build_argv
-from lumed.machine.qemu.firmware import find_uefi
+from lumed.machine.qemu.firmware import find_uefi, make_vars
 from lumed.machine.qemu.monitor import Monitor
 from lumed.machine.spec import MachineSpec
 from lumed.model.vm import Firmware
-from lumed.osproc import Child, ProcessId, send_signal, start_detached, wait_gone
+from lumed.osproc import (
+    Child,
+    ProcessId,
+    read_last_words,
+    send_signal,
+    start_detached,
+    wait_gone,
+)
 
 _log = EventLog("machine")
 
 MONITOR, SECOND_MONITOR, AGENT, SERIAL = "qmp.sock", "qmp2.sock", "agent.sock", "serial.sock"
 _START_TIMEOUT_S = 15.0
 _COMMAND_TIMEOUT_S = 2.0
-_LAST_WORDS_BYTES = 2000
 
 
 class QemuDriver:
@@ -48,11 +54,24 @@ class QemuDriver:
         self._find_qemu = find_qemu
         self._find_accelerator = find_accelerator
 
+    async def check_ready(self, firmware: Firmware) -> None:
+        """See MachineDriver.check_ready."""
+        self._find_qemu()
+        if firmware is Firmware.UEFI:
+            find_uefi()
+        await self._find_accelerator()
+
     async def launch(self, spec: MachineSpec) -> QemuMachine:
         """See MachineDriver.launch."""
         qemu = self._find_qemu()
         accelerator = await self._find_accelerator()
-        uefi_code = find_uefi().code if spec.firmware is Firmware.UEFI else None
+        uefi_code = None
+        if spec.firmware is Firmware.UEFI and spec.uefi_vars is not None:
+            uefi = find_uefi()
+            uefi_code = uefi.code
+            if not spec.uefi_vars.exists():
+                # A lost variable store costs its boot entries, not the VM.
+                await make_vars(uefi.vars_template, spec.uefi_vars)
         spec.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _listening(spec.runtime_dir) as fds:
             argv = build_argv(
@@ -69,7 +88,9 @@ class QemuDriver:
             child = await start_detached(argv, log=spec.log, pass_fds=pass_fds)
         try:
             monitor = await self._first_contact(child, spec)
-            machine = QemuMachine(child.identity, child.exit_status, monitor)
+            machine = QemuMachine(
+                child.identity, child.exit_status, monitor, spec.runtime_dir / AGENT
+            )
             await machine.set_vnc_password(spec.vnc_password)
         except BaseException:
             await _end_child(child)
@@ -77,16 +98,21 @@ class QemuDriver:
         return machine
 
     async def adopt(
-        self, process: ProcessId, runtime_dir: Path, uuid: str, vnc_password: str | None
+        self,
+        process: ProcessId,
+        runtime_dir: Path,
+        uuid: str,
+        vnc_password: str | None,
+        timeout_s: float | None,
     ) -> QemuMachine:
         """See MachineDriver.adopt."""
-        monitor = await Monitor.connect(runtime_dir / MONITOR, _COMMAND_TIMEOUT_S)
+        monitor = await Monitor.connect(runtime_dir / MONITOR, timeout_s)
         try:
             answer = await monitor.execute("query-uuid", timeout_s=_COMMAND_TIMEOUT_S)
             found = cast("dict[str, str]", answer)["UUID"]
             if found != uuid:
                 raise MachineFailed(f"the machine at {runtime_dir} is {found}, not {uuid}")
-            machine = QemuMachine(process, None, monitor)
+            machine = QemuMachine(process, None, monitor, runtime_dir / AGENT)
             # The old server may have been killed before it had set the password.
             await machine.set_vnc_password(vnc_password)
         except BaseException:
@@ -116,11 +142,16 @@ class QemuMachine:
     """A running QEMU. See machine.driver.Machine for what each method promises."""
 
     def __init__(
-        self, process: ProcessId, exit_status: asyncio.Future[int] | None, monitor: Monitor
+        self,
+        process: ProcessId,
+        exit_status: asyncio.Future[int] | None,
+        monitor: Monitor,
+        agent_socket: Path,
     ) -> None:
         self._process = process
         self._exit_status = exit_status
         self._monitor = monitor
+        self._agent_socket = agent_socket
 
     @property
     def process(self) -> ProcessId:
@@ -131,6 +162,17 @@ class QemuMachine:
     def exit_status(self) -> asyncio.Future[int] | None:
         """None after an adoption."""
         return self._exit_status
+
+    @property
+    def agent_socket(self) -> Path | None:
+        """The host's end of the agent's channel."""
+        return self._agent_socket
+
+    async def query_agent_open(self, timeout_s: float) -> bool:
+        """Whether a program in the guest has the channel open."""
+        answer = await self._monitor.execute("query-chardev", timeout_s=timeout_s)
+        devices = cast("list[dict[str, Any]]", answer)
+        return any(d["label"] == "agent0" and d["frontend-open"] for d in devices)
 
     async def query_status(self, timeout_s: float) -> MachineStatus:
         """Ask QEMU."""
@@ -144,6 +186,10 @@ class QemuMachine:
             event = _translate(cast("dict[str, Any]", message))
             if event is not None:
                 yield event
+
+    async def resume(self, timeout_s: float) -> None:
+        """Send "cont"."""
+        await self._monitor.execute("cont", timeout_s=timeout_s)
 
     async def press_power_button(self, timeout_s: float) -> None:
         """Send the ACPI event."""
@@ -181,16 +227,6 @@ class QemuMachine:
         await self._monitor.close()
 
 
-def read_last_words(log: Path) -> str:
-    """The end of a machine's log, for the message that tells why it failed. Blocking."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS_BYTES))
-            return file.read().decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _translate(message: dict[str, Any]) -> MachineEvent | None:
     data = message.get("data", {})
     match message["event"]:
@@ -204,6 +240,8 @@ def _translate(message: dict[str, Any]) -> MachineEvent | None:
             return StatusChanged(MachineStatus.PAUSED)
         case "RESUME":
             return StatusChanged(MachineStatus.RUNNING)
+        case "BLOCK_IO_ERROR" if data.get("action") == "stop":
+            return DiskError(no_space=bool(data.get("nospace")))
         case _:
             return None
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from qemu.qmp import (
     ConnectError,
@@ -23,6 +24,9 @@ from qemu.qmp import (
 
 from lumed.errors import MachineFailed, OutcomeUnknown, TimedOut
 
+# What lumed reacts to. The listener keeps a history, so nothing else may come in.
+_EVENTS = ("SHUTDOWN", "RESET", "STOP", "RESUME", "VSERPORT_CHANGE", "BLOCK_IO_ERROR")
+
 
 class Monitor:
     """A connection to one machine's monitor."""
@@ -32,14 +36,14 @@ class Monitor:
         self._listener = listener
 
     @classmethod
-    async def connect(cls, socket: Path, timeout_s: float) -> Monitor:
-        """Connect and negotiate.
+    async def connect(cls, socket: Path, timeout_s: float | None) -> Monitor:
+        """Connect and negotiate; timeout_s None waits as long as the machine is silent.
 
         Raises TimedOut if the machine is silent (stopped, or its monitor is taken by another
         client), MachineFailed if nobody listens any more.
         """
         client = QMPClient("lumed")
-        listener = EventListener()
+        listener = EventListener(_EVENTS)
         client.register_listener(listener)
         try:
             async with asyncio.timeout(timeout_s):
@@ -73,9 +77,19 @@ class Monitor:
             raise MachineFailed(f"QEMU is gone; {command} was not sent") from error
 
     async def events(self) -> AsyncIterator[Message]:
-        """Events from the connection's start on; ends never by itself."""
-        async for event in self._listener:
-            yield event
+        """Events from the connection's start to its end; those read before the end come first."""
+        closed = asyncio.ensure_future(self._client.runstate_changed())
+        try:
+            while True:
+                event = asyncio.ensure_future(self._listener.get())
+                both: set[asyncio.Future[Any]] = {event, closed}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if not event.done() and self._listener.empty():
+                    event.cancel()
+                    return
+                yield await event
+        finally:
+            closed.cancel()
 
     async def close(self) -> None:
         """Disconnect; the machine stays."""

@@ -1,0 +1,119 @@
+"""Listening: the TCP port and the home's unix socket, served by one uvicorn."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from lumed.errors import Conflict, InvalidField
+from lumed.http.guard import Guard
+
+# A client that keeps its connection open must not keep the server from ending.
+_SHUTDOWN_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """Bound and listening sockets; url is where the TCP one is reached."""
+
+    tcp: socket.socket
+    unix: socket.socket
+    url: str
+    socket_path: Path
+
+    def close(self) -> None:
+        """Close both; the unix socket's name goes too."""
+        self.tcp.close()
+        self.unix.close()
+        self.socket_path.unlink(missing_ok=True)
+
+
+def bind_listeners(host: str, port: int, socket_path: Path) -> Listeners:
+    """Bind both sockets. Port 0 picks a free one.
+
+    Raises Conflict if the port is taken, InvalidField if the host is no address of this machine.
+    The caller holds the home's server lock, so an old unix socket is nobody's.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise InvalidField(
+            f"--host {host!r}: {error.strerror}", fields={"host": "unknown"}
+        ) from error
+    tcp = socket.socket(family, kind, proto)
+    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tcp.bind(address)
+            tcp.listen(1024)
+        except OSError as error:
+            raise Conflict(
+                f"Cannot listen on {host}:{port}: {error.strerror}",
+                hint=f"choose another port: lume serve --port {port + 1}",
+            ) from error
+        _bind_unix(unix, socket_path)
+    except BaseException:
+        tcp.close()
+        unix.close()
+        raise
+    name, bound = tcp.getsockname()[:2]
+    shown = f"[{name}]" if family == socket.AF_INET6 else name
+    return Listeners(tcp, unix, f"http://{shown}:{bound}", socket_path)
+
+
+def _bind_unix(unix: socket.socket, path: Path) -> None:
+    if len(os.fsencode(path)) > 107:
+        raise InvalidField(
+            f"--socket {path} is too long: a socket's path has at most 107 bytes",
+            fields={"socket": "too long"},
+        )
+    try:
+        path.unlink(missing_ok=True)
+        unix.bind(str(path))
+    except OSError as error:
+        raise Conflict(f"Cannot listen on {path}: {error.strerror}") from error
+    path.chmod(0o600)
+    unix.listen(1024)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it answers."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.Server."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+
+async def serve(app: Guard, listeners: Listeners, on_ready: Callable[[], None]) -> None:
+    """Answer until SIGINT or SIGTERM."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+        timeout_keep_alive=75,
+    )
+    server = _Server(config, on_ready)
+    # What was imported lives for ever: without this, a collection takes 25 ms at random.
+    gc.collect()
+    gc.freeze()
+    with contextlib.suppress(KeyboardInterrupt):
+        await server.serve(sockets=[listeners.tcp, listeners.unix])

@@ -1,0 +1,175 @@
+"""The composition root: the only file that knows everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lumed import __version__
+from lumed.claim import take_lock
+from lumed.cli.app import Commands, build_cli
+from lumed.cli.doctor import print_checks
+from lumed.errors import Conflict, LumedError
+from lumed.files import read_json_object, write_json
+from lumed.log import EventLog, start_logging
+from lumed.model.host import Check
+from lumed.osproc import find_process, get_program
+from lumed.settings import Settings, read_settings, settings_path
+from lumed.store.layout import Home
+from lumed.units import GIB, describe_size
+
+if TYPE_CHECKING:
+    from lumed.machine.qemu.accel import Accelerator
+
+_log = EventLog("server")
+
+_USAGE_ERROR = 64  # EX_USAGE, as Lume's own command
+_ENOUGH_SPACE_BYTES = 2 * GIB
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `lume` command. Failures are a sentence on stderr and an exit status."""
+    from cyclopts import CycloptsError
+
+    app = build_cli(Commands(serve=_serve, doctor=_doctor))
+    try:
+        result = app(argv, exit_on_error=False, print_error=True)
+    except CycloptsError:
+        return _USAGE_ERROR
+    except LumedError as error:
+        _complain(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _complain(error: LumedError) -> None:
+    print(f"lume: {error.message}", file=sys.stderr)  # noqa: T201
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)  # noqa: T201
+
+
+def find_home(given: Path | None) -> tuple[Home, bool]:
+    """The home (--home, else LUME_HOME, else ~/.lume), and whether it was named."""
+    named = given or (Path(os.environ["LUME_HOME"]) if os.environ.get("LUME_HOME") else None)
+    home = named or Path.home() / ".lume"
+    return Home(Path(os.path.abspath(home.expanduser()))), named is not None  # noqa: PTH100
+
+
+def get_qemu() -> Path:
+    """The QEMU binary for this host's architecture. Raises MissingDependency."""
+    return get_program("qemu-system-x86_64", package="qemu-system-x86 qemu-utils")
+
+
+def _finder(home: Home, settings: Settings) -> Callable[[], Awaitable[Accelerator]]:
+    from lumed.machine.qemu.accel import find_accelerator
+
+    override = os.environ.get("LUME_ACCEL") or settings.accelerator
+
+    async def find() -> Accelerator:
+        return await find_accelerator(home.cache, get_qemu(), override=override)
+
+    return find
+
+
+def _serve(host: str, port: int, socket: Path | None, given_home: Path | None) -> int:
+    home, named = find_home(given_home)
+    settings = read_settings(settings_path(home.root, named=named))
+    home.prepare()
+    lock = take_lock(home.server_lock)
+    if lock is None:
+        raise _somebody_serves(home)
+    try:
+        start_logging(home.logs, os.environ.get("LUME_LOG_LEVEL", "info"))
+        asyncio.run(_run_server(home, settings, host, port, socket or home.socket))
+    finally:
+        lock.close()
+    return 0
+
+
+def _somebody_serves(home: Home) -> Conflict:
+    try:
+        where = read_json_object(home.server_json)
+        return Conflict(
+            f"A server for {home.root} is running already: it listens on {where['url']} "
+            f"(process {where['pid']})",
+            hint="use that one, or give this one another --home",
+        )
+    except (OSError, ValueError, KeyError):
+        return Conflict(f"A server for {home.root} is just starting")
+
+
+async def _run_server(
+    home: Home, settings: Settings, host: str, port: int, socket_path: Path
+) -> None:
+    # Imported here: `lume doctor` and --help have no use for a web framework.
+    from lumed.http.app import build_app
+    from lumed.http.serve import bind_listeners, serve
+    from lumed.images.builtin import builtin_images
+    from lumed.images.local import ImageCache
+    from lumed.machine.qemu.driver import QemuDriver
+    from lumed.service.local import start_engine
+
+    find = _finder(home, settings)
+    cache = Path(settings.cache_directory) if settings.cache_directory else home.cache
+    images = ImageCache(cache / "images", builtin_images())
+    async with start_engine(home, settings, QemuDriver(get_qemu, find), images, find) as engine:
+        listeners = bind_listeners(host, port, socket_path)
+        try:
+            app = build_app(engine, frozenset({host}))
+            await serve(app, listeners, partial(_announce, home, listeners.url, socket_path))
+        finally:
+            home.server_json.unlink(missing_ok=True)
+            listeners.close()
+    _log.info("server ended", pid=os.getpid())
+
+
+def _announce(home: Home, url: str, socket_path: Path) -> None:
+    me = find_process(os.getpid())
+    write_json(
+        home.server_json,
+        {
+            "url": url,
+            "socket": str(socket_path),
+            "pid": os.getpid(),
+            "startTicks": me.start_ticks if me else 0,
+            "version": __version__,
+        },
+        durable=False,
+    )
+    _log.info("server ready", url=url, socket=socket_path, home=home.root)
+    print(f"lumed {__version__} listens on {url} (home {home.root})", flush=True)  # noqa: T201
+
+
+def _doctor(given_home: Path | None) -> int:
+    home, named = find_home(given_home)
+    settings = read_settings(settings_path(home.root, named=named))
+    return print_checks(asyncio.run(_collect_checks(home, settings)))
+
+
+async def _collect_checks(home: Home, settings: Settings) -> list[Check]:
+    from lumed.machine.qemu.checks import check_machine
+    from lumed.network.checks import check_network_tools
+
+    home.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    override = os.environ.get("LUME_ACCEL") or settings.accelerator
+    checks = await check_machine(home.cache, accel=override)
+    checks += await check_network_tools()
+    free = shutil.disk_usage(home.root).free
+    enough = free >= _ENOUGH_SPACE_BYTES
+    checks.append(
+        Check(
+            "free space",
+            enough,
+            f"{describe_size(free)} in {home.root}",
+            hint=None if enough else "free some space, or choose another home with --home",
+        )
+    )
+    return checks

@@ -1,0 +1,502 @@
+"""The engine of this host: which step follows which, and who may act on a VM when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lumed.engine import Accepted
+from lumed.errors import (
+    AlreadyExists,
+    Busy,
+    Conflict,
+    InvalidField,
+    LumedError,
+    NotFound,
+    WrongState,
+)
+from lumed.images.local import ImageCache
+from lumed.log import EventLog
+from lumed.machine.driver import MachineDriver
+from lumed.machine.qemu.accel import Accelerator
+from lumed.model.host import HostStatus
+from lumed.model.operation import Operation, OperationStatus
+from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
+from lumed.model.view import VmView
+from lumed.model.vm import DiskFormat, VmConfig
+from lumed.naming import check_location_name
+from lumed.service.adopt import adopt_machines
+from lumed.service.gate import Gate
+from lumed.service.live import LiveMachine
+from lumed.service.operations import Operations, RunningOperation
+from lumed.service.power import Power, RescueSystem
+from lumed.service.provisioning import Provisioning
+from lumed.service.tasks import TaskOwner
+from lumed.service.view import Views, view_of_request
+from lumed.settings import Settings, with_location, write_settings
+from lumed.store.disk import grow
+from lumed.store.index import StoredVm, VmIndex
+from lumed.store.layout import Home
+from lumed.store.locations import Locations
+from lumed.store.staging import remove_vm, sweep
+from lumed.store.vmdir import write_config
+from lumed.units import GIB, format_size
+
+_log = EventLog("engine")
+
+# A start takes well under a second, a stop up to 20 s (contract, section 1).
+_START_PATIENCE_S = 15.0
+_STOP_PATIENCE_S = 22.0
+_STARTING = frozenset({"run"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A VM that is being made."""
+
+    request: CreateRequest
+    location_name: str
+    operation_id: str
+
+
+class LocalEngine:
+    """See lumed.engine.Engine for what each verb promises. Made by `start_engine`."""
+
+    def __init__(
+        self,
+        home: Home,
+        settings: Settings,
+        driver: MachineDriver,
+        images: ImageCache,
+        find_accelerator: Callable[[], Awaitable[Accelerator]],
+        tasks: TaskOwner,
+    ) -> None:
+        self._home = home
+        self._settings = settings
+        self._driver = driver
+        self._images = images
+        self._find_accelerator = find_accelerator
+        self._tasks = tasks
+        self._index = VmIndex(Locations(home, settings))
+        self._operations = Operations(home.operations, tasks)
+        self._gate = Gate()
+        self._views = Views()
+        self._provisioning = Provisioning(images)
+        self._power = Power(home, driver, tasks, self._accelerator_name, self._get_rescue)
+        self._pending: dict[str, _Pending] = {}
+
+    async def open(self) -> None:
+        """Sweep what a killed server left, and take up its machines."""
+        places = [path for _, path in self._index.locations.every()]
+        swept = await asyncio.to_thread(sweep, places)
+        await self._images.sweep()
+        await self._operations.load()
+        for operation_id in swept:
+            _log.info("unfinished vm removed", operation=operation_id)
+        stored = await asyncio.to_thread(self._index.list_vms)
+        await adopt_machines(stored, self._home, self._driver, self._power, self._tasks)
+
+    async def close(self) -> None:
+        """Leave the machines running and let go of everything."""
+        await self._tasks.close()
+        for live in list(self._power.live.values()):
+            await live.let_go()
+
+    # Looking
+
+    async def list_vms(self, storage: str | None = None) -> list[VmView]:
+        """See Engine."""
+        location = None if storage is None else self._index.locations.get(storage)[0]
+        # Taken before the look at the disk: a VM that is published meanwhile is seen there.
+        pending = list(self._pending.values())
+        stored = await asyncio.to_thread(self._index.list_vms, location)
+        if self._power.live:
+            await asyncio.gather(*(live.check() for live in self._power.live.values()))
+        views = [self._view(vm) for vm in stored]
+        names = {view.name for view in views}
+        for one in pending:
+            if one.request.name not in names and location in (None, one.location_name):
+                views.append(self._view_pending(one))
+        return sorted(views, key=lambda view: view.name) if pending else views
+
+    async def get_vm(self, name: str, storage: str | None = None) -> VmView:
+        """See Engine."""
+        pending = self._pending.get(name)
+        location = None if storage is None else self._index.locations.get(storage)[0]
+        try:
+            stored = await asyncio.to_thread(self._index.get, name, location)
+        except NotFound as error:
+            if pending is not None and location in (None, pending.location_name):
+                return self._view_pending(pending)
+            raise self._explain_absence(name, error) from None
+        live = self._power.live.get(stored.vm_dir.path)
+        if live is not None:
+            await live.check()
+        return self._view(stored)
+
+    def _explain_absence(self, name: str, error: NotFound) -> NotFound:
+        """The reason of a failed create, where a person looks for the VM first."""
+        last = self._operations.find_last(name, "create")
+        if error.hint is not None or last is None or last.error is None:
+            return error
+        return NotFound(
+            error.message,
+            hint=f"its creation failed: {last.error.message} (operation {last.id})",
+            fields={"operation": last.id},
+        )
+
+    def _view(self, stored: StoredVm) -> VmView:
+        path = stored.vm_dir.path
+        action = self._gate.action(path)
+        operation = self._operations.find_running(stored.name) if action else None
+        return self._views.of(stored, self._power.live.get(path), operation)
+
+    def _view_pending(self, pending: _Pending) -> VmView:
+        return view_of_request(pending.request, pending.location_name, pending.operation_id)
+
+    # Making and changing
+
+    async def create_vm(self, request: CreateRequest) -> Accepted:
+        """See Engine."""
+        name = request.name
+        location_name, location = self._index.locations.get(request.storage)
+        self._gate.enter(name, "create", name)
+        try:
+            if await asyncio.to_thread(self._index.find, name) is not None:
+                raise AlreadyExists(f"Virtual machine already exists with name: {name}")
+            choice = await self._provisioning.check(request, location, self._settings.default_image)
+            request = replace(request, image=None if choice is None else choice.name)
+            await asyncio.to_thread(self._index.locations.remember, location)
+
+            async def work(operation: RunningOperation) -> None:
+                await self._provisioning.make(request, choice, location, operation)
+
+            def on_over() -> None:
+                self._pending.pop(name, None)
+                self._gate.leave(name)
+
+            operation = await self._operations.start("create", name, work, on_over=on_over)
+        except BaseException:
+            self._gate.leave(name)
+            raise
+        self._pending[name] = _Pending(request, location_name, operation.id)
+        return Accepted(self._view_pending(self._pending[name]), operation)
+
+    async def update_vm(self, name: str, request: UpdateRequest) -> VmView:
+        """See Engine."""
+        stored = await self._get_stored(name, request.storage)
+        vm_dir = stored.vm_dir
+        async with self._gate.wait_for(vm_dir.path, "update", name, behind=_STARTING, timeout_s=0):
+            self._check_stopped(stored)
+            config = _config_of(stored)
+            size = request.disk_size_bytes
+            if size is not None and size < config.disk_size_bytes:
+                reason = (
+                    f"a disk cannot shrink: it has {format_size(config.disk_size_bytes)}, "
+                    f"asked for {format_size(size)}"
+                )
+                raise InvalidField(f"diskSize: {reason}", fields={"diskSize": reason})
+            if size is not None and size > config.disk_size_bytes:
+                await grow(vm_dir.disk, DiskFormat.QCOW2, size)
+            changed = replace(
+                config,
+                cpu_count=request.cpu_count or config.cpu_count,
+                memory_bytes=request.memory_bytes or config.memory_bytes,
+                disk_size_bytes=size or config.disk_size_bytes,
+                display=request.display or config.display,
+            )
+            if changed != config:
+                await asyncio.to_thread(write_config, vm_dir, changed)
+        return self._view(await self._get_stored(name, stored.location_name))
+
+    async def delete_vm(self, name: str, storage: str | None = None) -> None:
+        """See Engine."""
+        if (pending := self._pending.get(name)) is not None:
+            with contextlib.suppress(WrongState):
+                await self._operations.cancel(pending.operation_id)
+            if await asyncio.to_thread(self._index.find, name) is None:
+                return
+        stored = await self._get_stored(name, storage)
+        path = stored.vm_dir.path
+        async with self._gate.wait_for(
+            path, "delete", name, behind=frozenset({"run", "stop"}), timeout_s=_STOP_PATIENCE_S
+        ):
+            live = self._power.live.get(path)
+            if live is not None:
+                # Its disk is about to go: there is nothing that a shutdown could save.
+                await self._power.stop(live, force=True)
+            await asyncio.to_thread(remove_vm, stored.vm_dir, os.urandom(8).hex())
+        _log.info("vm deleted", vm=name)
+
+    # Running
+
+    async def run_vm(self, name: str, request: RunRequest) -> Accepted:
+        """See Engine."""
+        stored = await self._get_stored(name, request.storage)
+        path = stored.vm_dir.path
+        self._gate.enter(path, "run", name)
+        try:
+            if path in self._power.live:
+                raise WrongState(f"Virtual machine already running: {name}")
+            config = _config_of(stored)
+            plan = await self._power.plan(stored, config, request)
+            live = await self._power.claim(stored, config, plan)
+
+            async def work(operation: RunningOperation) -> None:
+                await self._power.start(live, config, plan, operation)
+
+            def on_over() -> None:
+                self._power.forget_unstarted(live)
+                self._gate.leave(path)
+
+            try:
+                operation = await self._operations.start("run", name, work, on_over=on_over)
+            except BaseException:
+                self._power.forget_unstarted(live)
+                raise
+        except BaseException:
+            self._gate.leave(path)
+            raise
+        return Accepted(self._view(stored), operation)
+
+    async def stop_vm(
+        self, name: str, storage: str | None = None, *, force: bool = False
+    ) -> VmView:
+        """See Engine."""
+        stored = await self._get_stored(name, storage)
+        path = stored.vm_dir.path
+        if self._gate.action(path) == "stop" and (live := self._power.live.get(path)) is not None:
+            await self._join_stop(live)
+        else:
+            async with self._gate.wait_for(
+                path, "stop", name, behind=_STARTING, timeout_s=_START_PATIENCE_S
+            ):
+                live = self._power.live.get(path)
+                if live is None:
+                    raise WrongState(f"Virtual machine not running: {name}")
+
+                async def work(operation: RunningOperation) -> None:
+                    await self._power.stop(live, force=force)
+
+                operation = await self._operations.start("stop", name, work)
+                await self._finish(operation)
+        return self._view(await self._get_stored(name, stored.location_name))
+
+    async def _join_stop(self, live: LiveMachine) -> None:
+        try:
+            async with asyncio.timeout(_STOP_PATIENCE_S):
+                await live.ended.wait()
+        except TimeoutError:
+            raise Busy(f"{live.vm_dir.name} is still being stopped") from None
+
+    async def _finish(self, operation: Operation) -> None:
+        """Wait for an operation that was begun for this request; raise what it failed with."""
+        over = await self._operations.wait(operation.id, None)
+        if over.status is not OperationStatus.SUCCEEDED:
+            raise self._operations.get_failure(operation.id)
+
+    def _check_stopped(self, stored: StoredVm) -> None:
+        live = self._power.live.get(stored.vm_dir.path)
+        if live is not None:
+            raise WrongState(
+                f"Virtual machine {stored.name} is {live.state.value}; it must be stopped",
+                hint=f"POST /lume/vms/{stored.name}/stop",
+            )
+
+    async def _get_stored(self, name: str, storage: str | None) -> StoredVm:
+        location = None if storage is None else self._index.locations.get(storage)[0]
+        try:
+            return await asyncio.to_thread(self._index.get, name, location)
+        except NotFound as error:
+            if name in self._pending:
+                raise Busy(
+                    f"Virtual machine is still being provisioned: {name}",
+                    fields={"action": "create", "name": name},
+                ) from None
+            raise self._explain_absence(name, error) from None
+
+    # Operations
+
+    def list_operations(self) -> list[Operation]:
+        """See Engine."""
+        return self._operations.list_all()
+
+    def get_operation(self, operation_id: str) -> Operation:
+        """See Engine."""
+        return self._operations.get(operation_id)
+
+    async def cancel_operation(self, operation_id: str) -> Operation:
+        """See Engine. A stop cannot be called back."""
+        if self._operations.get(operation_id).action == "stop":
+            raise WrongState("A stop cannot be cancelled")
+        return await self._operations.cancel(operation_id)
+
+    # Host and settings
+
+    async def host_status(self) -> HostStatus:
+        """See Engine."""
+        stored = await asyncio.to_thread(self._index.list_vms)
+        total, available = await asyncio.to_thread(_read_memory)
+        _, default = self._index.locations.get(None)
+        accelerator: Accelerator | None = None
+        with contextlib.suppress(LumedError):
+            accelerator = await self._find_accelerator()
+        return HostStatus(
+            vm_count=len(stored) + len(self._pending),
+            running_count=len(self._power.live),
+            max_vms=max(total // GIB, len(self._power.live)),
+            cpu_count=os.cpu_count() or 1,
+            memory_total_bytes=total,
+            memory_available_bytes=available,
+            disk_free_bytes=await asyncio.to_thread(_free_bytes, default),
+            accelerator=accelerator.name if accelerator else None,
+            accelerator_reason=accelerator.reason if accelerator else None,
+        )
+
+    def settings(self) -> Settings:
+        """See Engine."""
+        cache = self._settings.cache_directory or str(self._home.cache)
+        return replace(self._settings, cache_directory=cache)
+
+    def locations(self) -> dict[str, Path]:
+        """See Engine."""
+        return self._index.locations.named()
+
+    async def change_settings(
+        self,
+        *,
+        home_directory: str | None = None,
+        cache_directory: str | None = None,
+        caching_enabled: bool | None = None,
+        default_image: str | None = None,
+    ) -> Settings:
+        """See Engine."""
+        settings = self._settings
+        if home_directory is not None:
+            path = await asyncio.to_thread(_usable_directory, home_directory, "homeDirectory")
+            settings = with_location(settings, "home", str(path))
+        if cache_directory is not None:
+            path = await asyncio.to_thread(_usable_directory, cache_directory, "cacheDirectory")
+            settings = replace(settings, cache_directory=str(path))
+        if caching_enabled is not None:
+            settings = replace(settings, caching_enabled=caching_enabled)
+        if default_image is not None:
+            settings = replace(settings, default_image=default_image)
+        await self._apply(settings)
+        return self.settings()
+
+    async def add_location(self, name: str, path: str) -> Path:
+        """See Engine. A built-in name may be given another folder once."""
+        if check_location_name(name) in self._settings.locations:
+            raise AlreadyExists(f"VM location with name '{name}' already exists")
+        directory = await asyncio.to_thread(_usable_directory, path, "path")
+        await self._apply(with_location(self._settings, name, str(directory)))
+        return directory
+
+    async def remove_location(self, name: str) -> None:
+        """See Engine."""
+        if name not in self._settings.locations:
+            self._index.locations.find_named(name)
+            raise Conflict(f"The location '{name}' is built in and cannot be removed")
+        if name == self._settings.default_location:
+            raise Conflict(
+                f"Cannot remove the default location '{name}'. Set a new default location first."
+            )
+        left = {key: path for key, path in self._settings.locations.items() if key != name}
+        await self._apply(replace(self._settings, locations=left))
+
+    async def set_default_location(self, name: str) -> None:
+        """See Engine."""
+        self._index.locations.find_named(name)
+        await self._apply(replace(self._settings, default_location=name))
+
+    async def read_logs(self, kind: str, lines: int | None) -> dict[str, str]:
+        """See Engine."""
+        files = {"info": "lumed.log", "error": "lumed.error.log"}
+        wanted = {key: name for key, name in files.items() if kind in (key, "all")}
+        return {
+            key: await asyncio.to_thread(_read_tail, self._home.logs / name, lines)
+            for key, name in wanted.items()
+        }
+
+    async def _apply(self, settings: Settings) -> None:
+        if settings != self._settings:
+            await asyncio.to_thread(write_settings, settings)
+            self._settings = settings
+            self._index.locations = Locations(self._home, settings)
+
+    async def _accelerator_name(self) -> str:
+        return (await self._find_accelerator()).name
+
+    async def _get_rescue(self, operation: RunningOperation) -> RescueSystem:
+        image = await self._images.get_builtin("tiny", operation.report)
+        if image.kernel is None or image.initramfs is None:
+            raise NotFound("The image tiny has no kernel of its own")
+        return RescueSystem(image.kernel, image.initramfs)
+
+
+@contextlib.asynccontextmanager
+async def start_engine(
+    home: Home,
+    settings: Settings,
+    driver: MachineDriver,
+    images: ImageCache,
+    find_accelerator: Callable[[], Awaitable[Accelerator]],
+) -> AsyncIterator[LocalEngine]:
+    """An engine over a prepared home, its machines adopted; they stay when it ends."""
+    engine = LocalEngine(home, settings, driver, images, find_accelerator, TaskOwner())
+    try:
+        await engine.open()
+        yield engine
+    finally:
+        await engine.close()
+
+
+def _config_of(stored: StoredVm) -> VmConfig:
+    if stored.config is None:
+        raise stored.damage or NotFound(f"Virtual machine not found: {stored.name}")
+    return stored.config
+
+
+def _usable_directory(text: str, field: str) -> Path:
+    path = Path(text).expanduser()
+    try:
+        if not path.is_absolute():
+            raise ValueError("is not absolute; start it with / or ~/")
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise ValueError("cannot be written by this server's user")
+    except (OSError, ValueError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise InvalidField(f"{field}: {text!r:.100} {reason}", fields={field: reason}) from error
+    return Path(os.path.normpath(path))
+
+
+def _read_memory() -> tuple[int, int]:
+    """Total and available memory in bytes (proc(5), /proc/meminfo)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {
+        key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)
+    }
+    return values["MemTotal"], values["MemAvailable"]
+
+
+def _free_bytes(directory: Path) -> int:
+    try:
+        usage = os.statvfs(directory)
+    except OSError:
+        return 0
+    return usage.f_bavail * usage.f_frsize
+
+
+def _read_tail(path: Path, lines: int | None) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return "".join(file if lines is None else deque(file, maxlen=lines))
+    except FileNotFoundError:
+        return ""
