@@ -68,14 +68,14 @@ def find_holder(path: Path) -> int | None:
     Used only when a server was killed between starting a machine and recording its pid.
     """
     target = path.stat()
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if int(pid) == os.getpid():
             continue
         try:
-            for link in os.scandir(f"/proc/{entry.name}/fd"):
-                seen = Path(link.path).stat()
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                seen = Path(f"/proc/{pid}/fd/{fd}").stat()
                 if (seen.st_dev, seen.st_ino) == (target.st_dev, target.st_ino):
-                    return int(entry.name)
+                    return int(pid)
         except OSError:
             continue
     return None

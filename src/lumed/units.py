@@ -10,7 +10,7 @@ from lumed.errors import InvalidField
 KIB, MIB, GIB, TIB = (1024**n for n in (1, 2, 3, 4))
 
 _UNITS = {"B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*(?:([KMGT])(?:I?B)?|(B))?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:I?B)?|(B))?\s*", re.IGNORECASE)
 
 
 def parse_size(value: object, field: str) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
+import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,17 +89,36 @@ def _bind_unix(unix: socket.socket, path: Path) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it answers."""
+    """uvicorn without its ten wake-ups a second: it sleeps until a signal ends it."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_ready = on_ready
+        self._end = asyncio.Event()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals in the loop; uvicorn's own way raises them again before our clean-up."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        # The second one does not wait for open requests.
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._end.set()
+
+    async def main_loop(self) -> None:
         """See uvicorn.Server."""
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
+        self._on_ready()
+        await self._end.wait()
 
 
 async def serve(app: Guard, listeners: Listeners, on_ready: Callable[[], None]) -> None:
@@ -108,12 +129,12 @@ async def serve(app: Guard, listeners: Listeners, on_ready: Callable[[], None]) 
         access_log=False,
         lifespan="off",
         server_header=False,
+        # The date would have to be renewed every second.
+        date_header=False,
         timeout_graceful_shutdown=_SHUTDOWN_S,
         timeout_keep_alive=75,
     )
-    server = _Server(config, on_ready)
     # What was imported lives for ever: without this, a collection takes 25 ms at random.
     gc.collect()
     gc.freeze()
-    with contextlib.suppress(KeyboardInterrupt):
-        await server.serve(sockets=[listeners.tcp, listeners.unix])
+    await _Server(config, on_ready).serve(sockets=[listeners.tcp, listeners.unix])
