@@ -68,14 +68,14 @@ def find_holder(path: Path) -> int | None:
     Used only when a server was killed between starting a machine and recording its pid.
     """
     target = path.stat()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        if int(pid) == os.getpid():
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
             continue
         try:
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                seen = Path(f"/proc/{pid}/fd/{fd}").stat()
+            for link in (process / "fd").iterdir():
+                seen = link.stat()
                 if (seen.st_dev, seen.st_ino) == (target.st_dev, target.st_ino):
-                    return int(pid)
+                    return int(process.name)
         except OSError:
             continue
     return None
