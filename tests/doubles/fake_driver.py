@@ -24,6 +24,7 @@ class FakeDriver:
         self.failure: str | None = None
         self.delay: asyncio.Event | None = None
         self.launched: list[MachineSpec] = []
+        self.machines: list[FakeMachine] = []
 
     async def check_ready(self, firmware: Firmware) -> None:
         """Nothing is needed."""
@@ -40,7 +41,8 @@ class FakeDriver:
         child = await start_detached(["/bin/sleep", "600"], log=spec.log, pass_fds=fds)
         spec.serial_log.write_text("fake machine\n")
         self.launched.append(spec)
-        return FakeMachine(child.identity, child)
+        self.machines.append(FakeMachine(child.identity, child))
+        return self.machines[-1]
 
     async def adopt(
         self,
@@ -120,6 +122,15 @@ class FakeMachine:
     async def close(self) -> None:
         """Let go."""
         self._events.put_nowait(None)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the `sleep` runs."""
+        return is_alive(self._process)
+
+    def crash(self) -> None:
+        """Die without a word."""
+        send_signal(self._process, signal.SIGKILL)
 
     def _end(self, event: MachineEvent) -> None:
         self._events.put_nowait(event)

@@ -1,0 +1,72 @@
+"""The ASGI application over the real engine, with a fake driver under it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from lumed.images.local import BuiltImage, Builtin, ImageCache
+from lumed.store.disk import create_empty
+
+from lumed.http.app import build_app
+from lumed.machine.qemu.accel import Accelerator
+from lumed.osproc import is_alive, send_signal
+from lumed.service.local import LocalEngine, start_engine
+from lumed.settings import read_settings
+from lumed.store.layout import Home
+from lumed.units import MIB
+from tests.doubles.fake_driver import FakeDriver
+
+Client = httpx.AsyncClient
+
+
+async def build_blank(directory: Path, report: Callable[[str], None]) -> BuiltImage:
+    """An image like tiny, without a system in it."""
+    report("building")
+    await create_empty(directory / "disk.qcow2", 64 * MIB)
+    for name in ("vmlinuz", "initramfs"):
+        (directory / name).touch()
+    return BuiltImage(directory / "disk.qcow2", directory / "vmlinuz", directory / "initramfs")
+
+
+async def software() -> Accelerator:
+    """The accelerator of the fake host."""
+    return Accelerator("tcg", "tests have no machine")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """A prepared home."""
+    home = Home(tmp_path / "home")
+    home.prepare()
+    return home
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    """The driver under the engine."""
+    return FakeDriver()
+
+
+@pytest.fixture
+async def engine(home: Home, driver: FakeDriver) -> AsyncIterator[LocalEngine]:
+    """A real engine; its fake machines are ended at the end."""
+    images = ImageCache(home.cache / "images", {"tiny": Builtin("1", build_blank)})
+    settings = read_settings(home.root / "config.yaml")
+    async with start_engine(home, settings, driver, images, software) as engine:
+        yield engine
+        machines = [machine.process for machine in driver.machines]
+    for process in machines:
+        if is_alive(process):
+            send_signal(process, signal.SIGKILL)
+
+
+@pytest.fixture
+async def client(engine: LocalEngine) -> AsyncIterator[Client]:
+    """A client of the application."""
+    transport = httpx.ASGITransport(app=build_app(engine))
+    async with Client(transport=transport, base_url="http://localhost:7777") as client:
+        yield client
