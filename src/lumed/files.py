@@ -1,4 +1,7 @@
-"""Files that are whole or absent, whatever happens on the way."""
+"""Files that are whole or absent whatever happens, and space that runs out.
+
+All of it blocks, for microseconds to milliseconds: call it from threads.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,13 @@ import errno
 import json
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from lumed.errors import NoSpace
+from lumed.units import describe_size
+
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
@@ -19,42 +26,22 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600, *, durable: bool = 
     without it, it survives the death of any process.
     Raises NoSpace when the file system (or quota) is full; the old content is then untouched.
     """
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            if durable:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        temporary.rename(path)
-        if durable:
-            fsync_dir(path.parent)
-    except OSError as error:
+        with full_disk_is_no_space(path.parent, f"write {path.name}"):
+            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            with os.fdopen(fd, "wb") as file:
+                file.write(data)
+                file.flush()
+                if durable:
+                    os.fsync(fd)
+            new.rename(path)
+    except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise_no_space(error, path.parent)
+            new.unlink(missing_ok=True)
         raise
-
-
-def fsync_dir(directory: Path) -> None:
-    """Make renames and new names in a directory survive a power cut (fsync(2))."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def raise_no_space(error: OSError, where: Path) -> None:
-    """Raise NoSpace if that is what the error says; return otherwise."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise NoSpace(
-            f"No space left in {where}", hint="free some space or choose another storage"
-        ) from error
+    if durable:
+        sync_dir(path.parent)
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
@@ -71,7 +58,52 @@ def read_json_object(path: Path) -> dict[str, object]:
     return value
 
 
-def make_private_dir(path: Path) -> Path:
-    """Make a directory (and its parents) that only its owner can enter; mend its mode."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
+def sync_dir(path: Path) -> None:
+    """Make the names in a directory durable (fsync(2) of the directory)."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's data and size durable, whoever wrote it."""
+    _sync(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _sync(path: Path, flags: int) -> None:
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_free_space(
+    directory: Path, needed_bytes: int, what: str, *, where: str | None = None
+) -> None:
+    """Raise NoSpace if the file system of `directory` has less than needed_bytes left for us.
+
+    what completes "Not enough space in … to"; where is the location's name, if it has one.
+    Blocks reserved for root do not count (statvfs(3), f_bavail).
+    """
+    state = os.statvfs(directory)
+    free_bytes = state.f_bavail * state.f_frsize
+    if free_bytes < needed_bytes:
+        raise NoSpace(
+            f"Not enough space in {where or directory} to {what}: "
+            f"needs {describe_size(needed_bytes)}, has {describe_size(free_bytes)}",
+            hint="free some space, choose a smaller diskSize or another storage",
+            fields={"neededBytes": needed_bytes, "freeBytes": free_bytes},
+        )
+
+
+@contextlib.contextmanager
+def full_disk_is_no_space(directory: Path, what: str) -> Iterator[None]:
+    """Turn the OSError of a full disk or quota into NoSpace; what as in check_free_space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OUT_OF_SPACE:
+            raise
+        raise NoSpace(
+            f"Not enough space in {directory} to {what}: {error.strerror}",
+            hint="free some space or choose another storage",
+        ) from error

@@ -190,7 +190,10 @@ def run_tool_blocking(
         raise
     if process.returncode != 0:
         words = err.decode(errors="replace").strip()[-_LAST_WORDS:]
-        raise ToolFailed(f"{name} failed with status {process.returncode}: {words or 'no message'}")
+        raise ToolFailed(
+            f"{name} failed with status {process.returncode}: {words or 'no message'}",
+            fields={"exitStatus": process.returncode},
+        )
     return out
 
 

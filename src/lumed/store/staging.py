@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lumed.claim import RunLock, is_locked, take_lock
 from lumed.errors import AlreadyExists, Busy, NotFound
-from lumed.files import fsync_dir, raise_no_space
+from lumed.files import full_disk_is_no_space, sync_dir
 from lumed.store.vmdir import STAGING, TRASH, VmDir
 
 
@@ -33,10 +33,10 @@ class Staged:
         target = self.location / name
         if os.path.lexists(target):
             raise AlreadyExists(f"Virtual machine already exists with name: {name}")
-        fsync_dir(self.vm_dir.path)
+        sync_dir(self.vm_dir.path)
         # rename(2) replaces an empty folder, but only an empty one: a VM is never overwritten.
         self.vm_dir.path.rename(target)
-        fsync_dir(self.location)
+        sync_dir(self.location)
         return VmDir(target)
 
 
@@ -47,11 +47,8 @@ def start_staging(location: Path, operation_id: str) -> Iterator[Staged]:
     Raises NoSpace or OSError if it cannot be made.
     """
     directory = location / STAGING / operation_id
-    try:
+    with full_disk_is_no_space(location, "make a VM"):
         directory.mkdir(parents=True, mode=0o700)
-    except OSError as error:
-        raise_no_space(error, location)
-        raise
     lock_path = location / STAGING / f"{operation_id}.lock"
     lock = take_lock(lock_path)
     if lock is None:
@@ -76,7 +73,7 @@ def remove_vm(vm_dir: VmDir, token: str) -> None:
         vm_dir.path.rename(doomed)
     except FileNotFoundError as error:
         raise NotFound(f"Virtual machine not found: {vm_dir.name}") from error
-    fsync_dir(vm_dir.path.parent)
+    sync_dir(vm_dir.path.parent)
     shutil.rmtree(doomed)
 
 

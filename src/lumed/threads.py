@@ -1,0 +1,30 @@
+"""Blocking work beside the event loop, without leaving it alone when the caller gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def run_to_end(work: Callable[[], T], *, on_cancel: Callable[[], object] | None = None) -> T:
+    """Run `work` in a thread; a cancellation calls on_cancel and waits until the thread ended.
+
+    asyncio.to_thread lets a cancelled thread run on, and it would then write into a directory
+    that its caller is already removing. Work that takes long must watch what on_cancel sets.
+    """
+    future = asyncio.get_running_loop().run_in_executor(None, work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if on_cancel is not None:
+            on_cancel()
+        while not future.done():
+            # Further cancellations change nothing: we are ending already.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        future.exception()  # seen, so that asyncio does not report it as forgotten
+        raise
