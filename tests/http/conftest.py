@@ -8,14 +8,14 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from lumed.images.local import BuiltImage, Builtin, ImageCache
-from lumed.store.disk import create_empty
 
 from lumed.http.app import build_app
+from lumed.images.local import BuiltImage, Builtin, ImageCache
 from lumed.machine.qemu.accel import Accelerator
 from lumed.osproc import is_alive, send_signal
 from lumed.service.local import LocalEngine, start_engine
 from lumed.settings import read_settings
+from lumed.store.disk import create_empty
 from lumed.store.layout import Home
 from lumed.units import MIB
 from tests.doubles.fake_driver import FakeDriver

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from lumed.errors import NoSpace
-from lumed.files import check_free_space, full_disk_is_no_space, write_atomically
+from lumed.files import check_free_space, full_disk_is_no_space, write_atomic
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    write_atomically(path, b"one")
-    write_atomically(path, b"two")
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
     assert path.read_bytes() == b"two"
     assert path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) 
     path = tmp_path / "a.json"
     path.mkdir()
     with pytest.raises(OSError, match="Is a directory"):
-        write_atomically(path, b"one")
+        write_atomic(path, b"one")
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 

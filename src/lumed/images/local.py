@@ -31,7 +31,7 @@ from pathlib import Path
 
 from lumed.claim import RunLock, take_lock
 from lumed.errors import LumedError, NotFound
-from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomically
+from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomic
 from lumed.images.copy import copy_image
 from lumed.images.inspect import (
     DiskFacts,
@@ -93,6 +93,11 @@ class ImageCache:
         self._builtins = dict(builtins)
         self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._copies = asyncio.Semaphore(_COPIES_AT_ONCE)
+
+    @property
+    def builtin_names(self) -> frozenset[str]:
+        """The names that get_builtin knows."""
+        return frozenset(self._builtins)
 
     async def import_file(self, path: Path, report: Report) -> CachedImage:
         """The image made from a local qcow2 or raw file; copied at first use, then found.
@@ -210,7 +215,7 @@ class ImageCache:
             file.chmod(0o444)
             sync_file(file)
         meta = _Meta(name, disk, facts, built.kernel, built.initramfs)
-        write_atomically(staging.path / _META, meta.encode())
+        write_atomic(staging.path / _META, meta.encode())
         for final in self._candidates(image_id):
             try:
                 staging.path.rename(final)

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from lumed.errors import AlreadyExists, InvalidField, NoSpace, ToolFailed, WrongState
-from lumed.files import check_free_space, full_disk_is_no_space, sync_dir, sync_file
+from lumed.files import full_disk_is_no_space, sync_dir, sync_file
 from lumed.model.vm import DiskFormat
 from lumed.osproc import get_program, run_tool_blocking
 from lumed.threads import run_to_end
@@ -65,8 +65,8 @@ async def create_overlay(
 async def grow(path: Path, disk_format: DiskFormat, size_bytes: int) -> None:
     """Grow a raw or qcow2 disk to size_bytes (multiple of 512); never shrinks.
 
-    Raises InvalidField if the disk is larger already, NoSpace if the location could not hold it
-    fully allocated, WrongState if a process has the image open (QEMU's own image lock says so).
+    Space is taken as the guest writes, so a disk may be larger than what is free.
+    Raises InvalidField if the disk is larger already, NoSpace, WrongState if a process has the image open (QEMU's own image lock says so).
     See qemu-img(1), "resize".
     """
     _check_size(size_bytes)
@@ -138,7 +138,6 @@ def _grow(path: Path, disk_format: DiskFormat, size_bytes: int) -> None:
         raise InvalidField(f"diskSize: {reason}", fields={"diskSize": reason})
     if size_bytes == now.virtual_bytes:
         return
-    check_free_space(path.parent, size_bytes - now.allocated_bytes, f"grow {path.name}")
     # The size above was read before qemu-img took the image lock; it refuses to shrink by itself.
     with full_disk_is_no_space(path.parent, f"grow {path.name}"):
         _qemu_img("resize", "-q", "-f", disk_format, str(path), str(size_bytes), disk=path)

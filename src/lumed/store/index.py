@@ -12,7 +12,7 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lumed.errors import Damaged, NotFound
+from lumed.errors import Damaged, NotFound, ToolFailed
 from lumed.log import EventLog
 from lumed.model.end import MachineEnd
 from lumed.model.vm import VmConfig
@@ -124,9 +124,8 @@ class VmIndex:
             _log.warning("vm damaged", vm=vm_dir.name, error=error)
         if config is not None:
             # The disk itself knows its size better than the file that describes it.
-            with contextlib.suppress(OSError, ValueError):
-                _, size = read_usage(vm_dir.disk)
-                config = _resized(config, size)
+            with contextlib.suppress(OSError, ToolFailed):
+                config = _resized(config, read_usage(vm_dir.disk).virtual_bytes)
         stored = StoredVm(
             vm_dir=vm_dir,
             location_name=location_name,
