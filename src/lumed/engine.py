@@ -48,6 +48,9 @@ class Engine(Protocol):
     ) -> VmView:
         """Stop a VM and wait until it is off; last_end.step says what ended it."""
 
+    async def take_screenshot(self, name: str, storage: str | None = None) -> bytes:
+        """The screen of a running VM as PNG. Raises WrongState if it does not run."""
+
     async def delete_vm(self, name: str, storage: str | None = None) -> None:
         """Delete a VM; one that runs or is being made is stopped first."""
 

@@ -23,6 +23,7 @@ class FakeDriver:
     def __init__(self) -> None:
         self.failure: str | None = None
         self.delay: asyncio.Event | None = None
+        self.launching = asyncio.Event()
         self.launched: list[MachineSpec] = []
         self.machines: list[FakeMachine] = []
 
@@ -31,6 +32,7 @@ class FakeDriver:
 
     async def launch(self, spec: MachineSpec) -> FakeMachine:
         """Start a `sleep` that holds the lock."""
+        self.launching.set()
         if self.delay is not None:
             await self.delay.wait()
         if self.failure is not None:
@@ -129,9 +131,11 @@ class FakeMachine:
         return is_alive(self._process)
 
     def crash(self) -> None:
-        """Die without a word."""
+        """Die without a word; the connection breaks with it."""
+        self._events.put_nowait(None)
         send_signal(self._process, signal.SIGKILL)
 
     def _end(self, event: MachineEvent) -> None:
         self._events.put_nowait(event)
+        self._events.put_nowait(None)
         send_signal(self._process, signal.SIGKILL)

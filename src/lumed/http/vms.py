@@ -79,6 +79,16 @@ def vm_routes(engine: Engine) -> APIRouter:
         vm = await engine.stop_vm(_name(name), place, force=at_once)
         return json_response({"message": "VM stopped successfully", **vm_object(vm)})
 
+    @router.get(
+        "/{name}/screenshot",
+        response_class=Response,
+        responses={200: {"content": {"image/png": {}}, "description": "The screen as PNG"}},
+        summary="Take a picture of a running virtual machine's screen",
+    )
+    async def screenshot(name: Name, storage: Storage = None) -> Response:
+        picture = await engine.take_screenshot(_name(name), storage or None)
+        return Response(picture, media_type="image/png")
+
     @router.delete("/{name}", response_model=MessageReply, summary="Delete a virtual machine")
     async def delete_vm(name: Name, storage: Storage = None) -> Response:
         await engine.delete_vm(_name(name), storage or None)

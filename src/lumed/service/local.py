@@ -52,6 +52,7 @@ _log = EventLog("engine")
 # A start takes well under a second, a stop up to 20 s (contract, section 1).
 _START_PATIENCE_S = 15.0
 _STOP_PATIENCE_S = 22.0
+_SCREENSHOT_S = 5.0
 _STARTING = frozenset({"run"})
 
 
@@ -98,6 +99,8 @@ class LocalEngine:
         await self._operations.load()
         for operation_id in swept:
             _log.info("unfinished vm removed", operation=operation_id)
+        # The first answer after a boot takes seconds; no request should wait for it.
+        self._tasks.create_task(self._prepare_accelerator(), "find accelerator")
         stored = await asyncio.to_thread(self._index.list_vms)
         await adopt_machines(stored, self._home, self._driver, self._power, self._tasks)
 
@@ -287,6 +290,19 @@ class LocalEngine:
                 await self._finish(operation)
         return self._view(await self._get_stored(name, stored.location_name))
 
+    async def take_screenshot(self, name: str, storage: str | None = None) -> bytes:
+        """See Engine."""
+        stored = await self._get_stored(name, storage)
+        live = self._power.live.get(stored.vm_dir.path)
+        if live is None or live.machine is None:
+            raise WrongState(f"Virtual machine not running: {name}")
+        target = Path(live.record.runtime_dir) / f"{os.urandom(8).hex()}.png"
+        try:
+            await live.machine.screenshot(target, _SCREENSHOT_S)
+            return await asyncio.to_thread(target.read_bytes)
+        finally:
+            await asyncio.to_thread(target.unlink, missing_ok=True)
+
     async def _join_stop(self, live: LiveMachine) -> None:
         try:
             async with asyncio.timeout(_STOP_PATIENCE_S):
@@ -429,6 +445,11 @@ class LocalEngine:
             await asyncio.to_thread(write_settings, settings)
             self._settings = settings
             self._index.locations = Locations(self._home, settings)
+
+    async def _prepare_accelerator(self) -> None:
+        with contextlib.suppress(LumedError):
+            accelerator = await self._find_accelerator()
+            _log.info("accelerator", name=accelerator.name, reason=accelerator.reason)
 
     async def _accelerator_name(self) -> str:
         return (await self._find_accelerator()).name

@@ -125,14 +125,17 @@ class Operations:
         await self._keep(operation)
         self._known[operation.id] = operation
         handle = RunningOperation(self, operation)
-        task = self._owner.create_task(self._carry_out(handle, work), f"{action} {target}")
+        work_done = _Once(on_over)
+        carried_out = self._carry_out(handle, work, work_done)
+        task = self._owner.create_task(carried_out, f"{action} {target}")
         self._tasks[operation.id] = task
 
         def settle(_: asyncio.Task[None]) -> None:
             self._tasks.pop(operation.id, None)
+            # A task that is cancelled before its first step runs no line of its own.
+            work_done()
             if not self.get(operation.id).is_over:
                 self.change(operation.id, **_over(OperationStatus.CANCELLED))
-            on_over()
 
         task.add_done_callback(settle)
         return operation
@@ -154,7 +157,10 @@ class Operations:
         return await self.wait(operation_id, _CANCEL_TIMEOUT_S)
 
     async def _carry_out(
-        self, handle: RunningOperation, work: Callable[[RunningOperation], Awaitable[None]]
+        self,
+        handle: RunningOperation,
+        work: Callable[[RunningOperation], Awaitable[None]],
+        work_done: Callable[[], None],
     ) -> None:
         status, error = OperationStatus.SUCCEEDED, None
         try:
@@ -171,6 +177,8 @@ class Operations:
             status = OperationStatus.FAILED
             error = OperationError("internal", f"{type(fault).__name__}: {fault}")
             _log.exception("operation failed", fault, id=handle.id)
+        # Whoever sees the operation over finds its VM free.
+        work_done()
         operation = self.change(handle.id, error=error, **_over(status))
         self._forget_old()
         # A full disk must not turn a success into a failure: the next server would only read
@@ -193,6 +201,18 @@ class Operations:
 
     def _file(self, operation_id: str) -> Path:
         return self._directory / f"{operation_id}.json"
+
+
+class _Once:
+    """Calls a function at the first call only."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function: Callable[[], None] | None = function
+
+    def __call__(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
 
 
 def _over(status: OperationStatus) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from lumed.machine.shares import (
 from lumed.machine.spec import DirectKernel, MachineSpec
 from lumed.model.end import EndCause, MachineEnd
 from lumed.model.request import RunRequest
-from lumed.model.run import NetDevice, RunOptions, SharedDirectory, VncMode
+from lumed.model.run import RunOptions, SharedDirectory, VncMode
 from lumed.model.vm import DiskFormat, Firmware, VmConfig
 from lumed.naming import hostname_of
 from lumed.network.plan import Network, parse_network
@@ -145,14 +145,16 @@ class Power:
     ) -> None:
         """Start the machine. Whatever fails is recorded as its end, and raised."""
         try:
-            with contextlib.ExitStack() as stack:
+            async with contextlib.AsyncExitStack() as stack:
                 machine = await self._launch(live, config, plan, operation, stack)
-            live.attach(machine)
+            live.process = machine.process
+            self.watch(live)
             vnc_port = await machine.query_vnc_port(_COMMAND_S)
             await live.save(process=machine.process, vnc_port=vnc_port)
         except BaseException as error:
             await asyncio.shield(self._give_up(live, error))
             raise
+        live.attach(machine)
         _log.info(
             "machine started",
             vm=live.vm_dir.name,
@@ -160,11 +162,12 @@ class Power:
             accel=live.record.accelerator,
             address=live.record.address,
         )
-        self.watch(live)
         password = live.record.vnc_password
         if not plan.options.no_display and vnc_port is not None and password is not None:
             runtime_dir = Path(live.record.runtime_dir)
-            await open_viewer(vnc_port, password, config.uuid, runtime_dir, live.vm_dir.qemu_log)
+            await open_viewer(
+                vnc_port, password, live.vm_dir.name, runtime_dir, live.vm_dir.qemu_log
+            )
 
     def forget_unstarted(self, live: LiveMachine) -> None:
         """Drop a claim that never became a machine."""
@@ -185,7 +188,7 @@ class Power:
         config: VmConfig,
         plan: RunPlan,
         operation: RunningOperation,
-        stack: contextlib.ExitStack,
+        stack: contextlib.AsyncExitStack,
     ) -> Machine:
         """Claim, record, gather the parts, act. stack closes our copies of descriptors."""
         vm_dir = live.vm_dir
@@ -200,18 +203,24 @@ class Power:
         await asyncio.to_thread(_prepare_files, vm_dir, runtime_dir)
 
         operation.stage("connecting")
-        network = await self._open_network(live, config, plan.network)
+        network = await stack.enter_async_context(
+            start_network(
+                plan.network,
+                uuid=config.uuid,
+                mac=config.mac_address,
+                ports=config.ports,
+                taken={m.record.address for m in self.live.values() if m.record.address},
+                log=vm_dir.qemu_log,
+            )
+        )
         if network is not None:
-            stack.callback(_close_all, network.pass_fds)
-            problems = live.record.problems
-            if network.problem is not None:
-                problems = (*problems, network.problem)
-            # In memory only: it is written with the process id, in one go.
+            problem = () if network.problem is None else (network.problem,)
+            # In memory first: it is written below, before the machine is started.
             live.record = replace(
                 live.record,
                 address=network.address,
                 forwards=network.forwards,
-                problems=problems,
+                problems=(*live.record.problems, *problem),
             )
         shares = await self._open_shares(live, plan, stack)
         seed = await asyncio.to_thread(self._write_seed, vm_dir, config, shares)
@@ -248,21 +257,8 @@ class Power:
             )
         )
 
-    async def _open_network(
-        self, live: LiveMachine, config: VmConfig, network: Network
-    ) -> NetDevice | None:
-        taken = {m.record.address for m in self.live.values() if m.record.address is not None}
-        return await start_network(
-            network,
-            uuid=config.uuid,
-            mac=config.mac_address,
-            ports=config.ports,
-            taken=taken,
-            log=live.vm_dir.qemu_log,
-        )
-
     async def _open_shares(
-        self, live: LiveMachine, plan: RunPlan, stack: contextlib.ExitStack
+        self, live: LiveMachine, plan: RunPlan, stack: contextlib.AsyncExitStack
     ) -> tuple[ShareDevice, ...]:
         wanted = plan.options.shared_directories
         if not wanted:
@@ -299,7 +295,7 @@ class Power:
         return vm_dir.seed
 
     async def _give_up(self, live: LiveMachine, error: BaseException) -> None:
-        if live.machine is not None:
+        if live.process is not None:
             # It came up, but could not be recorded: a machine that the next server would not
             # find must not stay.
             await self.stop(live, force=True)
@@ -309,7 +305,6 @@ class Power:
             cause, detail = EndCause.FAILED_START, str(error)
         live.end = MachineEnd(cause, detail, utc_now())
         await live.record_end()
-        self.live.pop(live.vm_dir.path, None)
 
     async def stop(self, live: LiveMachine, *, force: bool) -> None:
         """End a machine by the first step that works; returns when it is gone.
@@ -411,8 +406,3 @@ def _prepare_files(vm_dir: VmDir, runtime_dir: Path) -> None:
         if log.exists():
             log.rename(log.with_suffix(".log.1"))
         log.touch(mode=0o600)
-
-
-def _close_all(fds: tuple[int, ...]) -> None:
-    for fd in fds:
-        os.close(fd)

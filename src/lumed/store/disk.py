@@ -66,8 +66,8 @@ async def grow(path: Path, disk_format: DiskFormat, size_bytes: int) -> None:
     """Grow a raw or qcow2 disk to size_bytes (multiple of 512); never shrinks.
 
     Space is taken as the guest writes, so a disk may be larger than what is free.
-    Raises InvalidField if the disk is larger already, NoSpace, WrongState if a process has the image open (QEMU's own image lock says so).
-    See qemu-img(1), "resize".
+    Raises InvalidField if the disk is larger already, NoSpace, or WrongState if a process has
+    the image open (QEMU's own image lock says so). See qemu-img(1), "resize".
     """
     _check_size(size_bytes)
     await run_to_end(partial(_grow, path, disk_format, size_bytes))

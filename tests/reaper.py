@@ -1,0 +1,52 @@
+"""Sweeps after a test session, also one that was killed: `reaper.py MARK FOLDER`.
+
+It waits for the end of its standard input, which is the session's end, then ends every process
+that has MARK in its environment, undoes mounts below FOLDER and removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def list_marked(mark: str) -> list[int]:
+    """The pids of living processes with the mark."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit() or int(process.name) == os.getpid():
+            continue
+        try:
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return found
+
+
+def main(mark: str, folder: str) -> None:
+    """Wait, then sweep; says on stderr what it had to end."""
+    while sys.stdin.buffer.read(4096):
+        pass
+    give_up_at = time.monotonic() + 10
+    while (pids := list_marked(mark)) and time.monotonic() < give_up_at:
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                os.kill(pid, signal.SIGKILL)
+                print(f"reaper: ended {name} ({pid}), left by a test", file=sys.stderr)
+        time.sleep(0.05)
+    mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    for mount in reversed([m for m in mounts if m.startswith(folder + "/")]):
+        subprocess.run(["umount", "-l", mount], check=False)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
