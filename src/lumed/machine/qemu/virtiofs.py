@@ -41,7 +41,8 @@ class Virtiofsd:
     def find_obstacle(self, uid: int) -> str | None:
         """Why it cannot run as this user; None if it can.
 
-        Seen with 7.2.22: without root it ends at "setgroups() failed", before any sandbox.
+        Seen with 7.2.22: without root it ends at "setgroups() failed", before its own sandbox.
+        In a user namespace with a range of ids it runs: see docs/decisions/0001-qemu-sandbox.md.
         """
         if self.flavour is VirtiofsdFlavour.C and uid != 0:
             return "the C virtiofsd needs root"
