@@ -16,7 +16,7 @@ class SharedDirectory:
 
 
 class ShareTransport(StrEnum):
-    """How a shared directory reaches the guest: virtiofs is faster, 9p works everywhere."""
+    """How a shared directory reaches the guest: virtiofs is faster, 9p needs no helper."""
 
     VIRTIOFS = "virtiofs"
     NINEP = "9p"

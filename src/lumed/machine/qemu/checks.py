@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 from lumed.errors import LumedError, MissingDependency
 from lumed.machine.qemu.accel import find_accelerator, read_qemu_version
 from lumed.machine.qemu.firmware import find_uefi
-from lumed.machine.qemu.virtiofs import find_virtiofsd
+from lumed.machine.shares import find_share_support
 from lumed.model.host import Check
 from lumed.osproc import get_program
 
@@ -29,7 +28,7 @@ async def check_machine(cache_dir: Path, *, accel: str | None = None) -> list[Ch
             _check_qemu_img(),
             _check_uefi(),
             _check_accelerator(cache_dir, accel),
-            _check_virtiofsd(os.geteuid()),
+            _check_virtiofsd(),
         )
     )
 
@@ -80,21 +79,17 @@ async def _check_accelerator(cache_dir: Path, wanted: str | None) -> Check:
     return Check("accelerator", ok, found.name, found.reason + slow, found.hint)
 
 
-async def _check_virtiofsd(uid: int) -> Check:
-    fallback = "shared directories use 9p instead, which is slower"
-    try:
-        found = await find_virtiofsd()
-    except LumedError as error:
-        return Check("virtiofsd", False, "broken", f"{error.message}; {fallback}", error.hint)
+async def _check_virtiofsd() -> Check:
+    support = await find_share_support()
+    found = support.virtiofsd
     if found is None:
-        hint = _install("virtiofsd")
-        return Check("virtiofsd", False, "missing", f"virtiofsd is not installed; {fallback}", hint)
-    value = f"{found.version} ({found.flavour})"
-    obstacle = found.find_obstacle(uid)
-    if obstacle is not None:
-        hint = "run the server as root, or install the Rust virtiofsd (Debian 13, Ubuntu 24.04)"
-        return Check("virtiofsd", False, value, f"{found.path}: {obstacle}; {fallback}", hint)
-    return Check("virtiofsd", True, value, str(found.path))
+        detail = (
+            f"{support.problem}; shared directories use 9p instead, which is slower and which "
+            "Debian's cloud kernel lacks"
+        )
+        return Check("virtiofsd", False, "not usable", detail, support.hint)
+    how = f"{found.path}, in a user namespace" if support.prefix else str(found.path)
+    return Check("virtiofsd", True, f"{found.version} ({found.flavour})", how)
 
 
 def _install(package: str, os_release: Path = Path("/etc/os-release")) -> str:

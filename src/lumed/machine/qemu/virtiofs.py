@@ -1,7 +1,7 @@
-"""virtiofsd, the helper that shares a host directory with a guest: which one, and can it run.
+"""virtiofsd, the helper that shares a host directory with a guest: which one is installed.
 
 There are two programs of that name: the C one that came with QEMU up to 7.2, and its Rust
-successor. They take different options, and only the Rust one runs without root.
+successor. They take different options. Whether it can run here: see machine/shares.py.
 """
 
 from __future__ import annotations
@@ -38,31 +38,25 @@ class Virtiofsd:
     flavour: VirtiofsdFlavour
     version: str
 
-    def find_obstacle(self, uid: int) -> str | None:
-        """Why it cannot run as this user; None if it can.
 
-        Seen with 7.2.22: without root it ends at "setgroups() failed", before its own sandbox.
-        In a user namespace with a range of ids it runs: see docs/decisions/0001-qemu-sandbox.md.
-        """
-        if self.flavour is VirtiofsdFlavour.C and uid != 0:
-            return "the C virtiofsd needs root"
-        return None
-
-
-async def find_virtiofsd(places: tuple[str, ...] = _PLACES) -> Virtiofsd | None:
+async def find_virtiofsd(
+    places: tuple[str, ...] = _PLACES, *, prefix: tuple[str, ...] = ()
+) -> Virtiofsd | None:
     """The first virtiofsd at the usual places, None if there is none.
 
+    prefix goes before its command: the C one gives up its groups before it reads its options,
+    so that without root it cannot even say its version outside of a user namespace.
     Raises ToolFailed if it does not say its version, TimedOut if it hangs.
     """
     for place in places:
         if os.access(place, os.X_OK):
-            return await _read(Path(place))
+            return await _read(Path(place), prefix)
     return None
 
 
-async def _read(path: Path) -> Virtiofsd:
+async def _read(path: Path, prefix: tuple[str, ...]) -> Virtiofsd:
     # "virtiofsd version 7.2.22 (Debian ...)\nCopyright ..." from C, "virtiofsd 1.10.0" from Rust.
-    text = (await run_tool([path, "--version"], timeout_s=10)).decode(errors="replace")
+    text = (await run_tool([*prefix, path, "--version"], timeout_s=10)).decode(errors="replace")
     found = re.search(r"virtiofsd (version )?v?(\d+(?:\.\d+)+)", text)
     if found is None:
         raise ToolFailed(f"{path} did not say its version: {text.strip()[:200] or 'no output'}")
