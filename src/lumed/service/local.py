@@ -168,10 +168,13 @@ class LocalEngine:
         """See Engine."""
         name = request.name
         location_name, location = self._index.locations.get(request.storage)
+        exists = AlreadyExists(f"Virtual machine already exists with name: {name}")
+        if self._gate.action(name) is not None:
+            raise exists
         self._gate.enter(name, "create", name)
         try:
             if await asyncio.to_thread(self._index.find, name) is not None:
-                raise AlreadyExists(f"Virtual machine already exists with name: {name}")
+                raise exists
             choice = await self._provisioning.check(request, location, self._settings.default_image)
             request = replace(request, image=None if choice is None else choice.name)
             await asyncio.to_thread(self._index.locations.remember, location)
