@@ -112,14 +112,14 @@ async def _run_server(
     # Imported here: `lume doctor` and --help have no use for a web framework.
     from lumed.http.app import build_app
     from lumed.http.serve import bind_listeners, serve
-    from lumed.images.builtin import builtin_images
     from lumed.images.local import ImageCache
+    from lumed.images.tiny import builtin_tiny
     from lumed.machine.qemu.driver import QemuDriver
     from lumed.service.local import start_engine
 
     find = _finder(home, settings)
     cache = Path(settings.cache_directory) if settings.cache_directory else home.cache
-    images = ImageCache(cache / "images", builtin_images())
+    images = ImageCache(cache / "images", {"tiny": builtin_tiny()})
     async with start_engine(home, settings, QemuDriver(get_qemu, find), images, find) as engine:
         listeners = bind_listeners(host, port, socket_path)
         try:

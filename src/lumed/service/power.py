@@ -21,6 +21,7 @@ from lumed.guest.agent import GuestAgent
 from lumed.guest.seed import Seed, SeedShare, make_seed
 from lumed.guest.sshkey import read_or_make_key
 from lumed.hostpath import check_host_path
+from lumed.images.tiny import RESCUE_ARGUMENTS
 from lumed.log import EventLog
 from lumed.machine.driver import Machine, MachineDriver
 from lumed.machine.shares import (
@@ -227,8 +228,7 @@ class Power:
         direct = None
         if plan.options.recovery_mode:
             system = await self._rescue(operation)
-            line = "console=tty0 console=ttyS0 lumed.rescue=1"
-            direct = DirectKernel(system.kernel, system.initramfs, line)
+            direct = DirectKernel(system.kernel, system.initramfs, RESCUE_ARGUMENTS)
         # The address is needed to find the machine again, should we be killed before it is up.
         await live.save()
         operation.stage("starting the machine")
