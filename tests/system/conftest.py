@@ -1,0 +1,23 @@
+"""One image cache for the whole session, a server for each test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.harness import Server, running_server
+
+
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny image is made once, by the first test that needs it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def server(tmp_path: Path, image_cache: Path) -> Iterator[Server]:
+    """A server on a home of its own."""
+    with running_server(tmp_path / "home", image_cache) as server:
+        yield server
