@@ -14,6 +14,7 @@ import pytest
 from lumed.claim import take_lock
 from lumed.errors import InvalidField, NoSpace, NotFound, WrongState
 from lumed.images import copy as copy_module
+from lumed.images import local as local_module
 from lumed.images.local import BuiltImage, Builtin, ImageCache
 from lumed.model.vm import DiskFormat, Firmware
 from lumed.store.disk import create_overlay
@@ -176,7 +177,7 @@ async def test_a_cancelled_import_ends_with_its_next_step_and_leaves_nothing(
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
-    # Whether the second step had begun when the cancellation came is a matter of threads.
+    # The stop was seen before the second of four steps, or during it.
     assert steps in ([0], [0, 16 * MIB])
     assert names(tmp_path / "cache") == []
     assert (await cache.import_file(path, quiet)).disk.stat().st_size == 64 * MIB
@@ -194,6 +195,22 @@ async def test_a_file_that_changes_while_it_is_copied_is_refused(
 
     monkeypatch.setattr(os, "sendfile", writing_meanwhile)
     with pytest.raises(InvalidField, match="changed while it was copied"):
+        await cache.import_file(image, quiet)
+    assert names(tmp_path / "cache") == []
+
+
+async def test_new_content_is_never_stored_under_the_id_of_the_old(
+    cache: ImageCache, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = local_module._identify_file
+
+    def changed_right_after(path: Path) -> tuple[Path, str]:
+        identified = real(path)
+        os.truncate(image, 65 * MIB)
+        return identified
+
+    monkeypatch.setattr(local_module, "_identify_file", changed_right_after)
+    with pytest.raises(InvalidField, match="changed just now"):
         await cache.import_file(image, quiet)
     assert names(tmp_path / "cache") == []
 
@@ -237,7 +254,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        subprocess.run(["umount", path], check=True)
+        # Lazily: a failed test can hold a file open, and the mount would stay.
+        subprocess.run(["umount", "-l", path], check=True)
 
 
 async def test_a_full_disk_is_found_before_the_copy_and_during_it(

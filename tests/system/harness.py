@@ -19,6 +19,7 @@ from typing import Any
 import httpx2 as httpx
 
 from lumed.claim import find_holder, is_locked
+from lumed.osproc import find_process
 
 SMALL = {"os": "linux", "cpu": 1, "memory": "256MB", "diskSize": "1GB", "image": "tiny"}
 BOOT_S = 60.0
@@ -165,6 +166,11 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Whether that process lives; one that only waits to be collected does not."""
+    return find_process(pid) is not None
 
 
 def get_line(address: str, port: int, timeout_s: float = 10) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Server, get_line
+from tests.system.harness import Server, get_line, is_running
 
 
 def test_a_guest_boots_answers_and_shuts_down_on_request(server: Server) -> None:
@@ -140,7 +140,7 @@ def test_a_forced_stop_and_a_delete_need_no_guest(server: Server) -> None:
     server.run("web")
     pid = server.machine_pid("web")
     server.call("DELETE", "/vms/web", 200)
-    assert not Path(f"/proc/{pid}").exists()
+    assert not is_running(pid)
 
 
 def test_the_screen_needs_its_password(server: Server) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from lumed.claim import find_holder, is_locked
@@ -115,10 +116,12 @@ async def _attach(live: LiveMachine, process: ProcessId, driver: MachineDriver) 
         machine = await driver.adopt(
             process, Path(record.runtime_dir), record.uuid, record.vnc_password, None
         )
+        # A stop that was cut off is not gone on with: its caller never had an answer.
+        port = await machine.query_vnc_port(_PATIENCE_S)
+        found = replace(record, process=process, vnc_port=port, stop_requested=False)
+        if found != record:
+            await live.save(process=process, vnc_port=port, stop_requested=False)
         live.attach(machine)
-        if record.process != process or (record.vnc_port is None and record.vnc_password):
-            port = await machine.query_vnc_port(_PATIENCE_S)
-            await live.save(process=process, vnc_port=port)
     except LumedError as error:
         live.silent = live.machine is None
         _log.warning("machine not adopted", vm=live.vm_dir.name, error=error)

@@ -260,6 +260,8 @@ def conclude(live: LiveMachine, status: int | None, words: str) -> MachineEnd:
         return end(EndCause.GUEST, "the guest shut itself down")
     if status is not None and status < 0:
         return end(EndCause.CRASHED, f"QEMU was killed by signal {-status}")
+    if told is not None and told.reason == "host-qmp-quit":
+        return end(EndCause.STOPPED, "its machine was told to quit")
     if told is not None or "terminating on signal" in words:
         return end(EndCause.CRASHED, "QEMU was ended by a signal from outside lumed")
     if status:
