@@ -1,7 +1,8 @@
 """Sweeps after a test session, also one that was killed: `reaper.py MARK FOLDER`.
 
 It waits for the end of its standard input, which is the session's end, then ends every process
-that has MARK in its environment, undoes mounts below FOLDER and removes it.
+that has MARK in its environment, undoes mounts below FOLDER and removes it, and removes users
+that have MARK as their comment.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def main(mark: str, folder: str) -> None:
     for mount in reversed([m for m in mounts if m.startswith(folder + "/")]):
         subprocess.run(["umount", "-l", mount], check=False)
     shutil.rmtree(folder, ignore_errors=True)
+    for line in Path("/etc/passwd").read_text().splitlines():
+        fields = line.split(":")
+        if len(fields) > 4 and fields[4] == mark:
+            subprocess.run(["userdel", "-f", fields[0]], check=False)
 
 
 if __name__ == "__main__":

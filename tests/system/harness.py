@@ -156,6 +156,15 @@ class Server:
                 seen += serial.recv(65536).decode(errors="replace")
         return seen.split(f"{mark}B", 1)[1].split(f"{mark}E")[0].replace("\r", "").strip("\n")
 
+    @contextlib.contextmanager
+    def typing(self, line: str) -> Iterator[None]:
+        """Type a line on the serial console of the only machine; it is held open meanwhile."""
+        (path,) = self.home.glob("run/*/serial.sock")
+        with socket.socket(socket.AF_UNIX) as serial:
+            serial.connect(str(path))
+            serial.sendall(b"\n" + line.encode() + b"\n")
+            yield
+
     def end_machines(self) -> None:
         """Kill every machine of this home, for the end of a test."""
         for lock in self.home.glob("**/run.lock"):

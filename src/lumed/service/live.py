@@ -40,7 +40,7 @@ _SILENT_AFTER_S = 2.0
 _DRAIN_S = 1.0
 _SSH_ANSWERS_IN_S = 0.3
 # A machine that was paused by a full disk goes on once so much is free again.
-_RESUME_ABOVE_BYTES = 256 * 1024 * 1024
+_RESUME_ABOVE_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(slots=True, eq=False)
