@@ -24,7 +24,7 @@ from pathlib import Path
 from lumed.errors import MachineFailed, MissingDependency
 from lumed.model.run import NetDevice
 from lumed.model.vm import PortForward
-from lumed.network import host, loopback_filter
+from lumed.network import host, passt_guard
 from lumed.network.addresses import Place, choose_place
 from lumed.osproc import Child, get_program, start_detached
 
@@ -58,8 +58,8 @@ async def start_user_network(
         return
     qemu_end, plan = await _start_on_free_address(passt, uuid, ports, log, taken)
     try:
-        if not passt.guards_loopback:
-            qemu_end = await _insert_filter(qemu_end, log)
+        if passt.needs_guard:
+            qemu_end = await _insert_guard(qemu_end, log)
         yield NetDevice(
             netdev=f"stream,server=off,addr.type=fd,addr.str={qemu_end.fileno()}",
             pass_fds=(qemu_end.fileno(),),
@@ -74,7 +74,7 @@ async def start_user_network(
 @dataclass(frozen=True, slots=True)
 class _Passt:
     path: Path
-    guards_loopback: bool
+    needs_guard: bool
 
 
 def _find_passt() -> _Passt:
@@ -85,9 +85,9 @@ def _find_passt() -> _Passt:
 
 @cache
 def _inspect_passt(path: Path, mtime_ns: int, size: int) -> _Passt:
-    # The option came in August 2024, the guard eight months before. Its usage text is looked
+    # The option came in August 2024, after what the guard makes up for. Its usage text is looked
     # for in the file, because Debian 12's passt calls --help an error and complains to syslog.
-    return _Passt(path, guards_loopback=b"--map-host-loopback" in path.read_bytes())
+    return _Passt(path, needs_guard=b"--map-host-loopback" not in path.read_bytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def _plan(
     problems = _list_held_ports(place)
     if host.find_default_interface() is None:
         problems.append("This host has no default route, so the guest cannot reach the outside.")
-    elif not nameservers and not passt.guards_loopback:
+    elif not nameservers and passt.needs_guard:
         problems.append(
             "This host's name servers are on its loopback, so the guest was told of none; "
             f"set {_RESOLVER} in the guest, which leads to the host's."
@@ -142,7 +142,7 @@ def _list_flags(passt: _Passt, plan: _Plan) -> list[str]:
     flags = ["--foreground", "--quiet", "--ipv4-only", "--no-map-gw", "--interface", "lo"]
     flags += ["--address", _GUEST, "--netmask", "24", "--gateway", _GATEWAY]
     flags += ["--mac-addr", _GATEWAY_MAC]
-    if passt.guards_loopback:
+    if not passt.needs_guard:
         flags += ["--map-host-loopback", "none", "--map-guest-addr", "none"]
     for server in plan.nameservers:
         flags += ["--dns", server]
@@ -267,13 +267,13 @@ def _is_noise(line: str) -> bool:
     return "syslog" in line or " root" in line
 
 
-async def _insert_filter(passt_end: socket.socket, log: Path) -> socket.socket:
-    """Start the loopback filter on passt's socket and return the guest's side of it."""
+async def _insert_guard(passt_end: socket.socket, log: Path) -> socket.socket:
+    """Start the guard on passt's socket and return the guest's side of it."""
     ours, theirs = socket.socketpair()
     try:
         with theirs, passt_end:
             fds = (theirs.fileno(), passt_end.fileno())
-            program = [sys.executable, "-I", "-S", loopback_filter.__file__]
+            program = [sys.executable, "-I", "-S", passt_guard.__file__]
             await start_detached([*program, *map(str, fds)], log=log, pass_fds=fds)
     except BaseException:
         ours.close()
