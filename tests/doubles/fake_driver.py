@@ -37,6 +37,8 @@ class FakeDriver:
             await self.delay.wait()
         if self.failure is not None:
             raise MachineFailed(self.failure)
+        if not spec.disk.exists():
+            raise MachineFailed(f"no such disk: {spec.disk}")
         spec.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (spec.runtime_dir / "uuid").write_text(spec.uuid)
         fds = () if spec.lock_fd is None else (spec.lock_fd,)
