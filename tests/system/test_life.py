@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Server, get_line, is_running
+from lumed.guest.seed import Seed, make_seed
+from tests.system.harness import Server, get_line, is_running, running_server
 
 
 def test_a_guest_boots_answers_and_shuts_down_on_request(server: Server) -> None:
@@ -196,3 +197,40 @@ def test_a_stopped_process_is_unresponsive_until_it_goes_on(server: Server) -> N
     server.wait_for("web", lambda vm: vm["state"] == "unresponsive", 10)
     stopped = server.call("POST", "/vms/web/stop", 200)
     assert stopped["lastEnd"]["step"] == "sigkill"
+
+
+def test_a_viewer_opens_where_the_server_has_a_desktop(tmp_path: Path, image_cache: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    viewer = tools / "remote-viewer"
+    shown = tmp_path / "shown"
+    viewer.write_text(f'#!/bin/sh\ncp "$1" {shown}.new && rm "$1" && mv {shown}.new {shown}\n')
+    viewer.chmod(0o755)
+    env = {"DISPLAY": ":99", "PATH": f"{tools}:{os.environ['PATH']}"}
+    with running_server(tmp_path / "home", image_cache, env=env) as server:
+        server.create("web", image=None)
+        server.run("web", noDisplay=True)
+        server.call("POST", "/vms/web/stop", 200, json={"force": True})
+        assert not shown.exists()
+        vm = server.run("web", noDisplay=False)
+        give_up_at = time.monotonic() + 10
+        while not shown.exists():
+            assert time.monotonic() < give_up_at
+            time.sleep(0.02)
+        settings = shown.read_text()
+        assert f"port={vm['vncPort']}" in settings
+        assert vm["vncUrl"].split(":")[2].partition("@")[0] in settings
+
+
+def test_an_iso_is_attached_and_an_empty_disk_then_has_an_installer(
+    server: Server, tmp_path: Path
+) -> None:
+    iso = tmp_path / "installer.iso"
+    iso.write_bytes(make_seed(Seed("i", "h")))
+    server.create("web")
+    server.boot("web", mount=str(iso))
+    # Debian's cloud kernel has no driver for it; that QEMU has it is seen from outside.
+    argv = Path(f"/proc/{server.machine_pid('web')}/cmdline").read_bytes()
+    assert str(iso).encode() in argv
+    server.create("blank", image=None)
+    assert "problems" not in server.run("blank", mount=str(iso))

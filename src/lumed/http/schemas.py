@@ -194,7 +194,6 @@ class SharedDirectoryBody(_Body):
         validation_alias=AliasChoices("hostPath", "host_path"), examples=["~/Projects"]
     )
     read_only: bool = Field(False, validation_alias=AliasChoices("readOnly", "read_only"))
-    tag: Text | None = None
 
 
 class RunBody(_Body):
@@ -219,7 +218,7 @@ class RunBody(_Body):
         return RunRequest(
             no_display=bool(self.no_display),
             shared_directories=tuple(
-                ShareRequest(share.host_path, share.read_only, share.tag)
+                ShareRequest(share.host_path, share.read_only)
                 for share in self.shared_directories or ()
             ),
             recovery_mode=bool(self.recovery_mode),

@@ -45,7 +45,6 @@ class ShareRequest:
 
     host_path: str
     read_only: bool = False
-    tag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,12 +265,16 @@ class Power:
             return ()
         if self._share_support is None:
             self._share_support = await find_share_support()
+        support = self._share_support
+        if support.problem is not None:
+            problem = f"shares use 9p, which some guests cannot mount: {support.problem}"
+            live.record = replace(live.record, problems=(*live.record.problems, problem))
         devices: list[ShareDevice] = []
         for index, directory in enumerate(wanted):
             device = await start_share(
                 directory,
                 index,
-                self._share_support,
+                support,
                 runtime_dir=Path(live.record.runtime_dir),
                 log=live.vm_dir.qemu_log,
             )
