@@ -27,7 +27,6 @@ _EPOCH = 1_700_000_000
 
 _SYSLINUX = """\
 SERIAL 0 115200
-SAY lumed tiny: loading
 DEFAULT tiny
 PROMPT 0
 TIMEOUT 0
