@@ -120,9 +120,14 @@ def serve_on(addresses: Sequence[str], port: int = 0) -> Iterator[CountingServer
 MAC = bytes.fromhex("525400123456")
 
 
-def send_frame(link: socket.socket, kind: bytes, packet: bytes, to: bytes) -> None:
+def frame_bytes(kind: bytes, packet: bytes, to: bytes) -> bytes:
+    """A frame from this guest's card, with its length before it."""
     frame = to + MAC + kind + packet
-    link.sendall(struct.pack("!I", len(frame)) + frame)
+    return struct.pack("!I", len(frame)) + frame
+
+
+def send_frame(link: socket.socket, kind: bytes, packet: bytes, to: bytes) -> None:
+    link.sendall(frame_bytes(kind, packet, to))
 
 
 def ask_mac(link: socket.socket, gateway: str, own: str) -> bytes:

@@ -21,6 +21,7 @@ from tests.qemu.network_guest import Guest, Kernel, boot, make_kernel
 from tests.qemu.network_world import (
     Outside,
     ask_mac,
+    frame_bytes,
     make_syn,
     outside,
     send_frame,
@@ -168,7 +169,9 @@ async def test_frames_made_by_hand_do_not_reach_the_hosts_loopback(
                 assert server.visits == []
                 # The same frame to an address of the host that is no loopback one arrives, which
                 # shows that the others were well made.
-                await asyncio.to_thread(send_syn, link, "10.0.2.15", peer.host_address, server)
+                await asyncio.to_thread(
+                    send_syn, link, "10.0.2.15", peer.host_address, server.port()
+                )
         assert server.visits == [peer.host_address]
 
 
@@ -184,12 +187,27 @@ def send_syns(link: socket.socket, port: int) -> None:
     ask_mac(link, "10.0.2.2", "10.0.2.15")
 
 
-def send_syn(link: socket.socket, source: str, target: str, server: object) -> None:
+def send_syn(link: socket.socket, source: str, target: str, port: int) -> None:
     gateway = ask_mac(link, "10.0.2.2", source)
-    port = server.port()  # type: ignore[attr-defined]
     send_frame(link, *make_syn(source, target, port), gateway)
     ask_mac(link, "10.0.2.2", source)
     ask_mac(link, "10.0.2.2", source)
+
+
+async def test_a_syn_that_is_sent_twice_at_once_does_not_stop_the_network(
+    peer: Outside, tmp_path: Path
+) -> None:
+    async with start_user_network(uuid=UUID, ports=(), log=tmp_path / "log") as net:
+        with socket.socket(fileno=os.dup(net.pass_fds[0])) as link:
+            await asyncio.to_thread(send_syn_twice, link, peer.address)
+
+
+def send_syn_twice(link: socket.socket, target: str) -> None:
+    gateway = ask_mac(link, "10.0.2.2", "10.0.2.15")
+    kind, packet = make_syn("10.0.2.15", target, 80)
+    link.sendall(frame_bytes(kind, packet, gateway) * 2)
+    ask_mac(link, "10.0.2.2", "10.0.2.15")
+    ask_mac(link, "10.0.2.2", "10.0.2.15")
 
 
 async def test_two_machines_of_one_uuid_get_two_addresses(tmp_path: Path) -> None:

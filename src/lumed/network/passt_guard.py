@@ -1,6 +1,6 @@
-"""A relay between QEMU and an old passt that makes up for two of its faults.
+"""A relay between QEMU and an old passt that makes up for three of its faults.
 
-Both were seen with Debian 12's passt of March 2023, and neither with those of 2025 and 2026:
+All were seen with Debian 12's passt of March 2023, and not with those of 2025 and 2026:
 
 - For a guest that writes 127.0.0.1 into a frame by hand it connects to the host's loopback,
   whatever --no-map-gw says, and so lets the guest's root user drive lumed's API and everything
@@ -8,6 +8,9 @@ Both were seen with Debian 12's passt of March 2023, and neither with those of 2
 - It leaves a guest's SYN-ACK unanswered until the client outside has sent something. So the
   guest's server never sees the connection if it is the one to speak first, as with VNC, SMTP,
   or whoever waits for an SSH banner. The missing acknowledgement is made here.
+- If one read of it ends up with a SYN and another segment of the same connection, such as the
+  SYN sent again on a busy host, it counts packets below zero and runs in a circle for good
+  (`n -= tcp_tap_handler()` in tap4_handler). So nothing follows a SYN before it was read.
 
 It is run as a program of its own (`python -I -S passt_guard.py GUEST_FD PASST_FD`), since it
 must live as long as the machine and not as long as the server. Either socket carries Ethernet
@@ -18,20 +21,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 import struct
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 _ARP = b"\x08\x06"
 _IPV4 = b"\x08\x00"
 _TCP = 6
-_SYN_ACK, _ACK = 0x12, 0x10
+_SYN, _ACK, _TCP_FLAGS = 0x02, 0x10, 0x3F
 _LARGEST_FRAME = 65_536 + 18
 _BUFFER = 1 << 18
 _SIOCOUTQ = 0x5411
-_READ_TIMEOUT_S, _READ_STEP_S = 1.0, 0.0002
+_READ_STEP_S = 0.0002
 
 
 def is_allowed(frame: bytes | memoryview) -> bool:
@@ -46,12 +51,24 @@ def is_allowed(frame: bytes | memoryview) -> bool:
     return kind == _ARP
 
 
+def has_syn(frame: bytes | memoryview) -> bool:
+    """Whether the frame holds a TCP segment with the SYN flag."""
+    if len(frame) < 54 or frame[23] != _TCP or frame[12:14] != _IPV4:
+        return False
+    flags = _tcp_start(frame) + 13
+    return flags < len(frame) and bool(frame[flags] & _SYN)
+
+
+def _tcp_start(frame: bytes | memoryview) -> int:
+    return 14 + (frame[14] & 15) * 4
+
+
 def make_missing_ack(frame: bytes | memoryview) -> bytes | None:
     """The frame that acknowledges a guest's SYN-ACK; None for every other frame."""
-    if len(frame) < 54 or frame[12:14] != _IPV4 or frame[23] != _TCP:
+    if not has_syn(frame):
         return None
-    start = 14 + (frame[14] & 15) * 4
-    if len(frame) < start + 20 or frame[start + 13] & 0x3F != _SYN_ACK:
+    start = _tcp_start(frame)
+    if frame[start + 13] & _TCP_FLAGS != _SYN | _ACK:
         return None
     guest_port, port, guest_seq, seq = struct.unpack_from("!HHII", frame, start)
     ends = bytes(frame[30:34]) + bytes(frame[26:30])
@@ -74,14 +91,30 @@ def _add_up(data: bytes) -> bytes:
 
 
 class Link:
-    """One of the two sockets; both threads may write whole frames to it."""
+    """One of the two sockets, as a stream of whole frames; both threads may write to it."""
 
     def __init__(self, end: socket.socket) -> None:
         self.end = end
         self._turn = threading.Lock()
+        self._view = memoryview(bytearray(_BUFFER))
+        self._filled = self._whole = 0
+
+    def receive(self) -> memoryview:
+        """The whole frames that have arrived, at least one; empty once the socket has ended.
+
+        Each has its length before it. They stay in place until the next call.
+        """
+        view = self._view
+        rest = self._filled - self._whole
+        view[:rest] = bytes(view[self._whole : self._filled])
+        self._filled, self._whole = rest, 0
+        while not self._whole and (count := self.end.recv_into(view[self._filled :])):
+            self._filled += count
+            self._whole = max((end for _, end in split_frames(view[: self._filled])), default=0)
+        return view[: self._whole]
 
     def send(self, frames: bytes | memoryview) -> None:
-        """Write frames, each with its length before it."""
+        """Write whole frames, each with its length before it."""
         with self._turn:
             self.end.sendall(frames)
 
@@ -89,66 +122,62 @@ class Link:
         """0 if the other side has read everything (SIOCOUTQ, unix(7)), else more."""
         return int(struct.unpack("i", fcntl.ioctl(self.end, _SIOCOUTQ, bytes(4)))[0])
 
-
-class Guard:
-    """What is done to the frames from the guest to passt."""
-
-    def __init__(self, guest: Link, passt: Link) -> None:
-        self._guest = guest
-        self._passt = passt
-        self._acks = b""
-
-    def is_kept(self, frame: memoryview) -> bool:
-        """Whether passt may see the frame; remembers what is to be acknowledged."""
-        ack = make_missing_ack(frame)
-        if ack is not None:
-            self._acks += struct.pack("!I", len(ack)) + ack
-        return is_allowed(frame)
-
-    def acknowledge(self) -> None:
-        """Acknowledge the SYN-ACKs that were passed on, once passt has taken them in.
-
-        Not before: if it reads a SYN-ACK and data of the same connection at once, it counts
-        packets below zero and runs in a circle for good (tap4_handler of March 2023). After a
-        second of waiting the guest is left to send its SYN-ACK again.
-        """
-        if not self._acks:
-            return
-        acks, self._acks = self._acks, b""
-        deadline = time.monotonic() + _READ_TIMEOUT_S
-        while self._passt.count_unread():
-            if time.monotonic() > deadline:
-                return
-            time.sleep(_READ_STEP_S)
-        self._guest.send(acks)
+    def has_ended(self) -> bool:
+        """Whether the other side has closed the socket."""
+        poller = select.poll()
+        poller.register(self.end, select.POLLHUP)
+        return bool(poller.poll(0))
 
 
-def relay(source: Link, sink: Link, guard: Guard | None = None) -> None:
-    """Pass on frames, those that the guard keeps, until a socket ends or the framing is broken.
+def split_frames(data: memoryview) -> Iterator[tuple[int, int]]:
+    """Where each whole frame in data begins, without its length, and ends.
 
-    A read usually holds many frames; they go out in as few writes as the dropped ones allow.
+    Raises ConnectionError for a length that no frame has.
     """
-    view = memoryview(bytearray(_BUFFER))
-    filled = 0
-    while count := source.end.recv_into(view[filled:]):
-        filled += count
-        unsent = position = 0
-        while position + 4 <= filled:
-            start = position + 4
-            end = start + int.from_bytes(view[position:start], "big")
-            if end - start > _LARGEST_FRAME:
-                return
-            if end > filled:
-                break
-            if guard is not None and not guard.is_kept(view[start:end]):
-                sink.send(view[unsent:position])
+    start = 4
+    while start <= len(data):
+        end = start + int.from_bytes(data[start - 4 : start], "big")
+        if end - start > _LARGEST_FRAME:
+            raise ConnectionError("no frame is that long")
+        if end > len(data):
+            return
+        yield start, end
+        start = end + 4
+
+
+def relay_guest(guest: Link, passt: Link) -> None:
+    """Pass on what the guest sends, until a socket ends or the framing is broken.
+
+    A read usually holds many frames; they go out in as few writes as possible.
+    """
+    while frames := guest.receive():
+        unsent = 0
+        for start, end in split_frames(frames):
+            frame = frames[start:end]
+            if not is_allowed(frame):
+                passt.send(frames[unsent : start - 4])
                 unsent = end
-            position = end
-        sink.send(view[unsent:position])
-        if guard is not None:
-            guard.acknowledge()
-        view[: filled - position] = bytes(view[position:filled])
-        filled -= position
+            elif has_syn(frame):
+                passt.send(frames[unsent:end])
+                unsent = end
+                _wait_read(passt, guest)
+                ack = make_missing_ack(frame)
+                if ack is not None:
+                    guest.send(struct.pack("!I", len(ack)) + ack)
+        passt.send(frames[unsent:])
+
+
+def _wait_read(passt: Link, guest: Link) -> None:
+    # Usually a few microseconds. There is nothing to wait on: the kernel tells a writer of free
+    # space, but not of an empty queue. A guest that has ended must not be kept by a stuck passt.
+    while passt.count_unread() and not guest.has_ended():
+        time.sleep(_READ_STEP_S)
+
+
+def relay_passt(passt: Link, guest: Link) -> None:
+    """Pass on everything that is meant for the guest."""
+    while frames := passt.receive():
+        guest.send(frames)
 
 
 def main(guest_fd: int, passt_fd: int) -> None:
@@ -156,13 +185,13 @@ def main(guest_fd: int, passt_fd: int) -> None:
     guest = Link(socket.socket(fileno=guest_fd))
     passt = Link(socket.socket(fileno=passt_fd))
     # A thread for each way: one loop that waits to write would keep passt waiting for it to read.
-    threading.Thread(target=_run, args=(passt, guest), daemon=True).start()
-    _run(guest, passt, Guard(guest, passt))
+    threading.Thread(target=_run, args=(relay_passt, passt, guest), daemon=True).start()
+    _run(relay_guest, guest, passt)
 
 
-def _run(source: Link, sink: Link, guard: Guard | None = None) -> None:
+def _run(relay: Callable[[Link, Link], None], source: Link, sink: Link) -> None:
     try:
-        relay(source, sink, guard)
+        relay(source, sink)
     except OSError:
         pass  # the other end closed while we wrote, which ends us like its closing does
     finally:
