@@ -12,7 +12,12 @@ from lumed.errors import InvalidField
 from lumed.model.vm import PortForward
 from lumed.network.addresses import can_bind, choose_place, list_addresses
 from lumed.network.host import parse_default_interface, parse_nameservers
-from lumed.network.passt_guard import is_allowed, make_missing_ack
+from lumed.network.passt_guard import (
+    Presence,
+    is_allowed,
+    make_missing_ack,
+    make_refusal,
+)
 from lumed.network.plan import COMMON_PORTS, Network, NetworkKind, parse_network, plan_forwards
 
 PORTS = st.integers(1, 65535)
@@ -191,3 +196,38 @@ def test_no_frame_is_too_odd_for_the_guard(frame: bytes) -> None:
     for whole in (frame, odd):
         is_allowed(whole)
         make_missing_ack(whole)
+
+
+def tcp_frame(flags: int, source: str = "10.0.2.2", target: str = "10.0.2.15") -> bytes:
+    """A segment for the guest, sent to every MAC address as passt does at first."""
+    addresses = IPv4Address(source).packed + IPv4Address(target).packed
+    header = b"\xff" * 6 + bytes.fromhex("9a559a559a55") + b"\x08\x00\x45" + bytes(8) + b"\x06"
+    segment = struct.pack("!HHIIBBHHH", 40_000, 22, 99, 0, 5 << 4, flags, 100, 0, 0)
+    return header + bytes(2) + addresses + segment
+
+
+def test_the_guard_refuses_a_syn_in_the_guests_name_and_nothing_else() -> None:
+    reset = make_refusal(tcp_frame(0x02))
+    assert reset is not None
+    assert reset[:6] == bytes.fromhex("9a559a559a55")
+    assert not reset[6] & 1
+    assert reset[26:34] == IPv4Address("10.0.2.15").packed + IPv4Address("10.0.2.2").packed
+    assert struct.unpack("!HHIIBB", reset[34:48]) == (22, 40_000, 0, 100, 5 << 4, 0x14)
+    for flags in (0x10, 0x12, 0x11, 0x14, 0x18):
+        assert make_refusal(tcp_frame(flags)) is None
+
+
+def test_a_guest_is_there_once_it_has_an_address_and_until_it_asks_for_one_again() -> None:
+    presence = Presence()
+    asks = ethernet(b"\x08\x00", "0.0.0.0", "255.255.255.255")  # noqa: S104
+    offer = tcp_frame(0)[:23] + b"\x11" + tcp_frame(0)[24:34] + b"\x00\x43\x00\x44" + bytes(20)
+    presence.notice_guest(asks)
+    assert not presence.is_up
+    presence.notice_passt(tcp_frame(0x02))
+    assert not presence.is_up
+    presence.notice_passt(offer)
+    assert presence.is_up
+    presence.notice_guest(ethernet(b"\x08\x00"))
+    assert presence.is_up
+    presence.notice_guest(asks)
+    assert not presence.is_up

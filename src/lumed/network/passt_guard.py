@@ -1,4 +1,4 @@
-"""A relay between QEMU and an old passt that makes up for three of its faults.
+"""A relay between QEMU and an old passt that makes up for four of its faults.
 
 All were seen with Debian 12's passt of March 2023, and not with those of 2025 and 2026:
 
@@ -11,6 +11,9 @@ All were seen with Debian 12's passt of March 2023, and not with those of 2025 a
 - If one read of it ends up with a SYN and another segment of the same connection, such as the
   SYN sent again on a busy host, it counts packets below zero and runs in a circle for good
   (`n -= tcp_tap_handler()` in tap4_handler). So nothing follows a SYN before it was read.
+- While a connection that the guest has not answered is given up by its client, it spins on the
+  client's hang-up, for 10 s at 100 % of a core. So a SYN to a guest that has no address yet is
+  refused here at once, as the guest's own system would once it is up.
 
 It is run as a program of its own (`python -I -S passt_guard.py GUEST_FD PASST_FD`), since it
 must live as long as the machine and not as long as the server. Either socket carries Ethernet
@@ -31,8 +34,11 @@ from collections.abc import Callable, Iterator
 
 _ARP = b"\x08\x06"
 _IPV4 = b"\x08\x00"
-_TCP = 6
-_SYN, _ACK, _TCP_FLAGS = 0x02, 0x10, 0x3F
+_TCP, _UDP = 6, 17
+_DHCP_SERVER = struct.pack("!H", 67)
+_SYN, _RST, _ACK, _TCP_FLAGS = 0x02, 0x04, 0x10, 0x3F
+_NOBODY = bytes(4)
+_ANY_GUEST = bytes.fromhex("525400000001")
 _LARGEST_FRAME = 65_536 + 18
 _BUFFER = 1 << 18
 _SIOCOUTQ = 0x5411
@@ -71,15 +77,36 @@ def make_missing_ack(frame: bytes | memoryview) -> bytes | None:
     if frame[start + 13] & _TCP_FLAGS != _SYN | _ACK:
         return None
     guest_port, port, guest_seq, seq = struct.unpack_from("!HHII", frame, start)
-    ends = bytes(frame[30:34]) + bytes(frame[26:30])
     # A window of 256, which is 64 KiB by the scale that passt offers, until its own first word.
-    acknowledged = (guest_seq + 1) & 0xFFFFFFFF
-    tcp = struct.pack("!HHIIBBHHH", port, guest_port, seq, acknowledged, 5 << 4, _ACK, 256, 0, 0)
+    return _answer(frame, struct.pack("!HHII", port, guest_port, seq, _after(guest_seq)), _ACK, 256)
+
+
+def make_refusal(frame: bytes | memoryview) -> bytes | None:
+    """The reset that refuses a client's SYN; None for every other frame."""
+    if not has_syn(frame):
+        return None
+    start = _tcp_start(frame)
+    if frame[start + 13] & _TCP_FLAGS != _SYN:
+        return None
+    port, guest_port, seq = struct.unpack_from("!HHI", frame, start)
+    return _answer(frame, struct.pack("!HHII", guest_port, port, 0, _after(seq)), _RST | _ACK, 0)
+
+
+def _after(sequence: int) -> int:
+    return (sequence + 1) & 0xFFFFFFFF
+
+
+def _answer(frame: bytes | memoryview, ports: bytes, flags: int, window: int) -> bytes:
+    """A segment without data the other way; ports are the ports and the sequence numbers."""
+    ends = bytes(frame[30:34]) + bytes(frame[26:30])
+    tcp = ports + struct.pack("!BBHHH", 5 << 4, flags, window, 0, 0)
     checksum = _add_up(ends + struct.pack("!HH", _TCP, len(tcp)) + tcp)
     tcp = tcp[:16] + checksum + tcp[18:]
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 255, _TCP, 0) + ends
     header = header[:10] + _add_up(header) + header[12:]
-    return bytes(frame[6:12]) + bytes(frame[:6]) + _IPV4 + header + tcp
+    # passt sends to everybody until it has heard of the guest, and nobody is called that.
+    source = _ANY_GUEST if frame[0] & 1 else bytes(frame[:6])
+    return bytes(frame[6:12]) + source + _IPV4 + header + tcp
 
 
 def _add_up(data: bytes) -> bytes:
@@ -145,7 +172,27 @@ def split_frames(data: memoryview) -> Iterator[tuple[int, int]]:
         start = end + 4
 
 
-def relay_guest(guest: Link, passt: Link) -> None:
+class Presence:
+    """Whether the guest's system has an address: it was given one, or was seen to use one."""
+
+    def __init__(self) -> None:
+        self.is_up = False
+
+    def notice_guest(self, frame: bytes | memoryview) -> None:
+        """Learn from a frame of the guest; who asks for an address has 0.0.0.0 as its own."""
+        kind = frame[12:14]
+        if kind == _IPV4:
+            self.is_up = frame[26:30] != _NOBODY
+        elif kind == _ARP and frame[28:32] != _NOBODY:
+            self.is_up = True
+
+    def notice_passt(self, frame: bytes | memoryview) -> None:
+        """Learn from a frame for the guest: the DHCP server's (RFC 2131) gives it an address."""
+        if len(frame) > 42 and frame[12:14] == _IPV4 and frame[23] == _UDP:
+            self.is_up = self.is_up or frame[34:36] == _DHCP_SERVER
+
+
+def relay_guest(guest: Link, passt: Link, presence: Presence) -> None:
     """Pass on what the guest sends, until a socket ends or the framing is broken.
 
     A read usually holds many frames; they go out in as few writes as possible.
@@ -154,6 +201,7 @@ def relay_guest(guest: Link, passt: Link) -> None:
         unsent = 0
         for start, end in split_frames(frames):
             frame = frames[start:end]
+            presence.notice_guest(frame)
             if not is_allowed(frame):
                 passt.send(frames[unsent : start - 4])
                 unsent = end
@@ -174,24 +222,37 @@ def _wait_read(passt: Link, guest: Link) -> None:
         time.sleep(_READ_STEP_S)
 
 
-def relay_passt(passt: Link, guest: Link) -> None:
-    """Pass on everything that is meant for the guest."""
+def relay_passt(passt: Link, guest: Link, presence: Presence) -> None:
+    """Pass on what is meant for the guest; refuse connections for it while it is not there."""
     while frames := passt.receive():
-        guest.send(frames)
+        if presence.is_up:
+            guest.send(frames)
+            continue
+        for start, end in split_frames(frames):
+            frame = frames[start:end]
+            presence.notice_passt(frame)
+            refusal = make_refusal(frame)
+            if refusal is None:
+                guest.send(frames[start - 4 : end])
+            else:
+                passt.send(struct.pack("!I", len(refusal)) + refusal)
 
 
 def main(guest_fd: int, passt_fd: int) -> None:
     """Relay both ways until either socket ends."""
     guest = Link(socket.socket(fileno=guest_fd))
     passt = Link(socket.socket(fileno=passt_fd))
+    presence = Presence()
     # A thread for each way: one loop that waits to write would keep passt waiting for it to read.
-    threading.Thread(target=_run, args=(relay_passt, passt, guest), daemon=True).start()
-    _run(relay_guest, guest, passt)
+    threading.Thread(target=_run, args=(relay_passt, passt, guest, presence), daemon=True).start()
+    _run(relay_guest, guest, passt, presence)
 
 
-def _run(relay: Callable[[Link, Link], None], source: Link, sink: Link) -> None:
+def _run(
+    relay: Callable[[Link, Link, Presence], None], source: Link, sink: Link, presence: Presence
+) -> None:
     try:
-        relay(source, sink)
+        relay(source, sink, presence)
     except OSError:
         pass  # the other end closed while we wrote, which ends us like its closing does
     finally:
