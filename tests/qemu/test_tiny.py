@@ -304,10 +304,11 @@ def test_another_user_than_root_builds_the_same_bytes(tiny: TinyImage, tmp_path:
     output.chmod(0o777)
     script = f"from lumed.images.tiny import *; print(build_tiny(Path({str(output)!r})).version)"
     with contextlib.ExitStack() as stack:
-        for parent in tmp_path.parents[:2]:
-            stack.callback(parent.chmod, parent.stat().st_mode)
-            parent.chmod(0o755)
-        tmp_path.chmod(0o755)
+        for directory in (tmp_path, *tmp_path.parents):
+            mode = directory.stat().st_mode
+            if mode & 0o005 != 0o005:
+                stack.callback(directory.chmod, mode)
+                directory.chmod(mode | 0o005)
         built = subprocess.run(
             [
                 *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),

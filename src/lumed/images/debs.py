@@ -24,18 +24,20 @@ def find_kernel_packages(architecture: str) -> list[str]:
     knows none (its lists are fetched first by `apt-get update`).
     """
     _get_apt("apt-cache")
+    words = "no answer"
     for name in _KERNELS[architecture]:
         try:
             answer = run_tool_blocking(["apt-cache", "depends", "--important", name], timeout_s=60)
-        except ToolFailed:
-            continue  # status 100: apt does not know this name
+        except ToolFailed as error:
+            words = error.message  # for a name that apt does not know, too
+            continue
         if match := _DEPENDS.search(answer.decode()):
             kernel = match[1]
             if name == "linux-image-virtual":
                 return [kernel, kernel.replace("linux-image-", "linux-modules-", 1)]
             return [kernel]
     raise MissingDependency(
-        f"apt knows no kernel package for {architecture} among {', '.join(_KERNELS[architecture])}",
+        f"apt offers no kernel for {architecture}, {' or '.join(_KERNELS[architecture])}: {words}",
         hint=_UPDATE,
     )
 
