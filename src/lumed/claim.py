@@ -7,9 +7,11 @@ ends. It can be asked about without being taken.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import struct
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +61,21 @@ def is_locked(path: Path) -> bool:
         return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
+
+
+async def wait_unlocked(path: Path, timeout_s: float) -> bool:
+    """Wait until nobody holds the lock; False if timeout_s passed first.
+
+    For a holder that has just ended: the kernel closes the descriptors of a process by a work
+    item of its own (delayed_fput), which can run after the process has gone. Nothing tells of
+    its end, so it is asked for every 2 ms.
+    """
+    give_up_at = time.monotonic() + timeout_s
+    while is_locked(path):
+        if time.monotonic() > give_up_at:
+            return False
+        await asyncio.sleep(0.002)
+    return True
 
 
 def find_holder(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lumed.claim import RunLock, is_locked, take_lock
+from lumed.claim import RunLock, is_locked, take_lock, wait_unlocked
 from lumed.errors import LumedError, MachineFailed
 from lumed.machine.driver import GuestShutDown, Machine, MachineDriver, MachineStatus
 from lumed.machine.qemu.accel import Accelerator
@@ -98,7 +98,7 @@ async def test_a_launched_machine_runs_and_keeps_the_lock(
         assert await machine.query_vnc_port(2) is not None
         assert not await machine.query_agent_open(2)
         await machine.press_power_button(2)
-    assert not is_locked(tmp_path / "run.lock")
+    assert await wait_unlocked(tmp_path / "run.lock", 2)
 
 
 async def test_quit_ends_it_and_the_events_say_that_no_guest_did_it(
@@ -176,4 +176,4 @@ async def test_a_start_that_fails_tells_why_and_leaves_no_process(
     with pytest.raises(MachineFailed, match=r"missing\.qcow2"):
         await new_driver().launch(replace(spec, disk=missing, lock_fd=lock.fd))
     lock.close()
-    assert not is_locked(tmp_path / "run.lock")
+    assert await wait_unlocked(tmp_path / "run.lock", 2)

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from lumed.claim import find_holder, is_locked, take_lock
+from lumed.claim import find_holder, is_locked, take_lock, wait_unlocked
 from lumed.osproc import ProcessId, boot_id, find_process, is_alive, send_signal, start_detached
 
 
@@ -33,7 +33,7 @@ async def test_a_child_keeps_the_lock_until_it_ends(tmp_path: Path) -> None:
         send_signal(child.identity, signal.SIGKILL)
     async with asyncio.timeout(5):
         assert await child.exit_status == -signal.SIGKILL
-    assert not is_locked(path)
+    assert await wait_unlocked(path, 2)
     assert not is_alive(child.identity)
 
 

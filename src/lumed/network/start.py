@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from lumed.log import EventLog
 from lumed.model.run import NetDevice
 from lumed.model.vm import PortForward
-from lumed.network.bridge import check_bridge, start_bridge
+from lumed.network.bridge import check_bridge, start_bridge, sweep_macvtaps
 from lumed.network.plan import Network, NetworkKind
 from lumed.network.user import start_user_network
+
+_log = EventLog("network")
 
 
 async def check_network(network: Network) -> None:
@@ -20,6 +23,12 @@ async def check_network(network: Network) -> None:
     """
     if network.kind is NetworkKind.BRIDGED:
         check_bridge(network.interface)
+
+
+async def sweep_networks() -> None:
+    """Remove what ended machines left of their networks: macvtaps do not go by themselves."""
+    for name in await sweep_macvtaps():
+        _log.info("macvtap removed", name=name)
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lumed.claim import wait_unlocked
 from lumed.errors import LumedError
 from lumed.guest.agent import GuestAgent
 from lumed.guest.ready import Ready, ssh_banner, wait_ready
@@ -152,12 +153,15 @@ class LiveMachine:
         try:
             await wait_gone(self.process, None)
         finally:
-            self._stop_asking()
+            self.stop_asking()
         if self._events_task is not None:
             # The last events are still on their way through the connection.
             await asyncio.wait({self._events_task}, timeout=_DRAIN_S)
         status = await self._exit_status()
         await self.let_go()
+        # Whoever sees it stopped may run it at once.
+        with contextlib.suppress(OSError):
+            await wait_unlocked(self.vm_dir.run_lock, _DRAIN_S)
         words = await asyncio.to_thread(read_last_words, self.vm_dir.qemu_log)
         self.end = conclude(self, status, words)
         await self.record_end()
@@ -226,7 +230,8 @@ class LiveMachine:
         found = next(forwards, None)
         return None if found is None else (found.address, found.port)
 
-    def _stop_asking(self) -> None:
+    def stop_asking(self) -> None:
+        """Ask the guest nothing more: its agent hears one caller at a time."""
         for task in (self._ready_task, self._check):
             if task is not None:
                 task.cancel()
@@ -240,7 +245,7 @@ class LiveMachine:
 
     async def let_go(self) -> None:
         """Drop the connections and leave the machine to itself."""
-        self._stop_asking()
+        self.stop_asking()
         if self._events_task is not None:
             self._events_task.cancel()
         if self.machine is not None:

@@ -30,6 +30,7 @@ from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
 from lumed.model.view import VmView
 from lumed.model.vm import DiskFormat, VmConfig
 from lumed.naming import check_location_name
+from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
 from lumed.service.gate import Gate
 from lumed.service.live import LiveMachine
@@ -96,6 +97,7 @@ class LocalEngine:
         places = [path for _, path in self._index.locations.every()]
         swept = await asyncio.to_thread(sweep, places)
         await self._images.sweep()
+        await sweep_networks()
         await self._operations.load()
         for operation_id in swept:
             _log.info("unfinished vm removed", operation=operation_id)

@@ -37,8 +37,8 @@ from lumed.model.request import RunRequest
 from lumed.model.run import RunOptions, SharedDirectory, VncMode
 from lumed.model.vm import DiskFormat, Firmware, VmConfig
 from lumed.naming import hostname_of
-from lumed.network.plan import Network, parse_network
-from lumed.network.start import check_network, start_network
+from lumed.network.plan import Network, NetworkKind, parse_network
+from lumed.network.start import check_network, start_network, sweep_networks
 from lumed.osproc import send_signal
 from lumed.service.live import LiveMachine
 from lumed.service.operations import RunningOperation, utc_now
@@ -180,6 +180,8 @@ class Power:
 
         def forget(ended: LiveMachine) -> None:
             self.live.pop(ended.vm_dir.path, None)
+            if ended.record.network.startswith(NetworkKind.BRIDGED):
+                self._tasks.create_task(sweep_networks(), "sweep networks")
 
         self._tasks.create_task(live.watch(forget), f"watch {live.vm_dir.name}")
 
@@ -319,6 +321,7 @@ class Power:
         with contextlib.suppress(NoSpace):
             await live.save(stop_requested=True)
         live.record = replace(live.record, stop_requested=True)
+        live.stop_asking()
         for step in self._ladder(live, force=force):
             live.stop_step = step.name
             try:

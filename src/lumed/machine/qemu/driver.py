@@ -127,15 +127,18 @@ class QemuDriver:
         )
         both: set[asyncio.Future[Any]] = {connecting, child.exit_status}
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if child.exit_status.done():
-            connecting.cancel()
-            with contextlib.suppress(asyncio.CancelledError, LumedError):
-                await (await connecting).close()
-            words = await asyncio.to_thread(read_last_words, spec.log)
-            raise MachineFailed(
-                f"QEMU ended with status {child.exit_status.result()}: {words or 'no message'}"
-            )
-        return await connecting
+        if connecting.done() and connecting.exception() is not None:
+            # A QEMU that ends breaks the connection first, and its own words say more.
+            await asyncio.wait({child.exit_status}, timeout=_COMMAND_TIMEOUT_S)
+        if not child.exit_status.done():
+            return await connecting
+        connecting.cancel()
+        with contextlib.suppress(asyncio.CancelledError, LumedError):
+            await (await connecting).close()
+        words = await asyncio.to_thread(read_last_words, spec.log)
+        raise MachineFailed(
+            f"QEMU ended with status {child.exit_status.result()}: {words or 'no message'}"
+        )
 
 
 class QemuMachine:
