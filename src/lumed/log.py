@@ -59,17 +59,20 @@ def start_logging(directory: Path, level: str) -> None:
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     formatter = logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
-    root = logging.getLogger("lumed")
-    root.setLevel(level.upper())
-    root.propagate = False
+    handlers: list[logging.Handler] = []
     for name, threshold in (("lumed.log", logging.DEBUG), ("lumed.error.log", logging.WARNING)):
         path = directory / name
         path.touch(mode=0o600)
-        handler = RotatingFileHandler(path, maxBytes=2_000_000, backupCount=4)
-        handler.setLevel(threshold)
+        handlers.append(RotatingFileHandler(path, maxBytes=2_000_000, backupCount=4))
+        handlers[-1].setLevel(threshold)
+    handlers.append(logging.StreamHandler(sys.stderr))
+    handlers[-1].setLevel(logging.WARNING)
+    for handler in handlers:
         handler.setFormatter(formatter)
-        root.addHandler(handler)
-    stderr = logging.StreamHandler(sys.stderr)
-    stderr.setLevel(logging.WARNING)
-    stderr.setFormatter(formatter)
-    root.addHandler(stderr)
+    for logger in map(logging.getLogger, ("lumed", "asyncio", "uvicorn")):
+        logger.propagate = False
+        for handler in handlers:
+            logger.addHandler(handler)
+    logging.getLogger("lumed").setLevel(level.upper())
+    # What it has to say is in the errors that it raises.
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
