@@ -37,13 +37,9 @@ class FakeDriver:
             await self.delay.wait()
         if self.failure is not None:
             raise MachineFailed(self.failure)
-        if not spec.disk.exists():
-            raise MachineFailed(f"no such disk: {spec.disk}")
-        spec.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (spec.runtime_dir / "uuid").write_text(spec.uuid)
+        await asyncio.to_thread(_prepare, spec)
         fds = () if spec.lock_fd is None else (spec.lock_fd,)
         child = await start_detached(["/bin/sleep", "600"], log=spec.log, pass_fds=fds)
-        spec.serial_log.write_text("fake machine\n")
         self.launched.append(spec)
         self.machines.append(FakeMachine(child.identity, child))
         return self.machines[-1]
@@ -57,7 +53,7 @@ class FakeDriver:
         timeout_s: float | None,
     ) -> FakeMachine:
         """Find the `sleep` again."""
-        if not is_alive(process) or (runtime_dir / "uuid").read_text() != uuid:
+        if not is_alive(process) or await asyncio.to_thread(_read_uuid, runtime_dir) != uuid:
             raise MachineFailed("no such machine")
         return FakeMachine(process, None)
 
@@ -141,3 +137,15 @@ class FakeMachine:
         self._events.put_nowait(event)
         self._events.put_nowait(None)
         send_signal(self._process, signal.SIGKILL)
+
+
+def _prepare(spec: MachineSpec) -> None:
+    if not spec.disk.exists():
+        raise MachineFailed(f"no such disk: {spec.disk}")
+    spec.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (spec.runtime_dir / "uuid").write_text(spec.uuid)
+    spec.serial_log.write_text("fake machine\n")
+
+
+def _read_uuid(runtime_dir: Path) -> str:
+    return (runtime_dir / "uuid").read_text()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from blockbuster import blockbuster_ctx
 
 from lumed.http.app import build_app
 from lumed.images.local import BuiltImage, Builtin, ImageCache
@@ -35,6 +36,24 @@ async def build_blank(directory: Path, report: Callable[[str], None]) -> BuiltIm
 async def software() -> Accelerator:
     """The accelerator of the fake host."""
     return Accelerator("tcg", "tests have no machine")
+
+
+@pytest.fixture(autouse=True)
+def no_blocking_calls() -> Iterator[None]:
+    """A blocking call of lumed in the event loop fails the test.
+
+    Allowed are looks that wait for no device: /proc is the kernel's memory, and whether a
+    program is installed takes a few microseconds, less than a thread.
+    """
+    allowed = (
+        ("lumed/osproc.py", ("find_process", "boot_id", "get_program")),
+        ("lumed/machine/qemu/virtiofs.py", ("find_virtiofsd",)),
+    )
+    with blockbuster_ctx("lumed") as blocker:
+        for name in ("io.TextIOWrapper.read", "os.access", "os.stat"):
+            for file, functions in allowed:
+                blocker.functions[name].can_block_in(file, functions)
+        yield
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lumed.errors import InvalidField, NotPossibleHere
@@ -20,6 +21,7 @@ from lumed.service.operations import RunningOperation, utc_now
 from lumed.store.disk import create_empty, create_overlay
 from lumed.store.staging import start_staging
 from lumed.store.vmdir import write_config
+from lumed.threads import run_to_end
 from lumed.units import MIB, format_size
 
 # What a fresh overlay and its configuration take at most.
@@ -94,7 +96,7 @@ class Provisioning:
         if image is not None:
             _check_fits(request, image.facts)
         operation.stage("making the disk")
-        with start_staging(location, operation.id) as staged:
+        async with start_staging(location, operation.id) as staged:
             if image is None:
                 await create_empty(staged.vm_dir.disk, request.disk_size_bytes)
                 firmware = Firmware.UEFI
@@ -119,8 +121,9 @@ class Provisioning:
                 user_data=request.user_data,
                 created_at=utc_now(),
             )
-            await asyncio.to_thread(write_config, staged.vm_dir, config)
-            await asyncio.to_thread(staged.publish, request.name)
+            # To the end even when cancelled: the folder is removed right after.
+            await run_to_end(partial(write_config, staged.vm_dir, config))
+            await run_to_end(partial(staged.publish, request.name))
 
     async def _get_image(self, choice: ImageChoice, operation: RunningOperation) -> CachedImage:
         operation.stage(f"getting the image {choice.name}")

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lumed.claim import RunLock, is_locked, take_lock
 from lumed.errors import AlreadyExists, Busy, NotFound
 from lumed.files import full_disk_is_no_space, sync_dir
 from lumed.store.vmdir import STAGING, TRASH, VmDir
+from lumed.threads import run_to_end
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,33 @@ class Staged:
         return VmDir(target)
 
 
-@contextlib.contextmanager
-def start_staging(location: Path, operation_id: str) -> Iterator[Staged]:
+@contextlib.asynccontextmanager
+async def start_staging(location: Path, operation_id: str) -> AsyncIterator[Staged]:
     """A new staging folder; removed at the end unless it was published.
 
     Raises NoSpace or OSError if it cannot be made.
     """
+    stack = contextlib.ExitStack()
+    try:
+        yield await run_to_end(partial(stack.enter_context, _staging(location, operation_id)))
+    finally:
+        await run_to_end(stack.close)
+
+
+@contextlib.contextmanager
+def _staging(location: Path, operation_id: str) -> Iterator[Staged]:
     directory = location / STAGING / operation_id
-    with full_disk_is_no_space(location, "make a VM"):
-        directory.mkdir(parents=True, mode=0o700)
     lock_path = location / STAGING / f"{operation_id}.lock"
-    lock = take_lock(lock_path)
+    with full_disk_is_no_space(location, "make a VM"):
+        lock_path.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        # The lock first: the sweep of another home's server, which may know this location too,
+        # takes a folder without one for rubbish.
+        lock = take_lock(lock_path)
     if lock is None:
         raise Busy(f"{lock_path} is held by another server")
     try:
+        with full_disk_is_no_space(location, "make a VM"):
+            directory.mkdir(mode=0o700)
         yield Staged(VmDir(directory), location, lock)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
