@@ -52,10 +52,26 @@ def write_json(path: Path, value: object, *, durable: bool = True) -> None:
 
 def read_json_object(path: Path) -> dict[str, object]:
     """A JSON object from a file. Raises OSError or ValueError."""
-    value = json.loads(path.read_bytes())
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path.name} is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return value
+
+
+def expand_path(text: str) -> Path:
+    """A path as a person writes it, absolute or below "~". Raises ValueError that says why not."""
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("names a home that does not exist") from error
+    if not path.is_absolute():
+        raise ValueError("is not absolute; start it with / or ~/")
+    return path
 
 
 def sync_dir(path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/:+@%,[]")
 
@@ -51,13 +52,21 @@ def _quote(text: str) -> str:
     return text if text and _BARE.issuperset(text) else ascii(text)
 
 
+class _Formatter(logging.Formatter):
+    """A traceback is indented, so that no word in it can pass for a line of its own."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        """See logging.Formatter."""
+        return "\n".join(f"    {line}" for line in super().formatException(ei).splitlines())
+
+
 def start_logging(directory: Path, level: str) -> None:
     """Log to `lumed.log` (all) and `lumed.error.log` (warnings and worse), and warnings to stderr.
 
     5 files of 2 MB each, mode 0600. `GET /lume/logs` reads these files.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    formatter = logging.Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter = _Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
     handlers: list[logging.Handler] = []
     for name, threshold in (("lumed.log", logging.DEBUG), ("lumed.error.log", logging.WARNING)):

@@ -14,7 +14,8 @@ from typing import cast
 import yaml
 
 from lumed.errors import Damaged, InvalidField
-from lumed.files import write_atomic
+from lumed.files import expand_path, write_atomic
+from lumed.naming import check_location_name
 
 DEFAULT_IMAGE = "tiny"
 BUILTIN_LOCATIONS = ("home", "ssd", "hdd", "nvme", "ephemeral")
@@ -53,33 +54,44 @@ def read_settings(path: Path) -> Settings:
     Raises Damaged with the reason if the file cannot be understood: guessing where VMs are
     would hide them.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        return Settings(path=path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _damaged(path, str(error)) from error
-    if data is None:
-        return Settings(path=path)
-    if not isinstance(data, dict):
-        raise _damaged(path, "it is no mapping")
+    data = _read_mapping(path)
     try:
         return _from_yaml(data, path)
     except (TypeError, KeyError, ValueError, AttributeError, InvalidField) as error:
         raise _damaged(path, str(error)) from error
 
 
+def _read_mapping(path: Path) -> dict[str, object]:
+    """What the file holds, empty if there is none. Raises Damaged."""
+    try:
+        data = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: a date such as 2026-99-99, which the parser takes for one and cannot make.
+        raise _damaged(path, str(error)) from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise _damaged(path, "it is no mapping")
+    return data
+
+
 def _from_yaml(data: dict[str, object], path: Path) -> Settings:
     locations: dict[str, str] = {}
-    for entry in cast("list[dict[str, str]]", data.get("vmLocations") or []):
-        locations[str(entry["name"])] = str(Path(str(entry["path"])).expanduser())
-    registry = cast("dict[str, dict[str, str]]", data.get("registry") or {}).get("ghcr") or {}
+    for entry in cast("list[dict[str, object]]", data.get("vmLocations") or []):
+        name = check_location_name(entry["name"])
+        locations[name] = _directory(entry["path"], f"the path of {name}")
+    default = str(data.get("defaultLocationName") or "home")
+    if default not in locations and default not in BUILTIN_LOCATIONS:
+        raise ValueError(f"defaultLocationName is {default!r}, which vmLocations does not name")
+    registry = cast("dict[str, dict[str, object]]", data.get("registry") or {}).get("ghcr") or {}
     cache = data.get("cacheDirectory")
     accelerator = data.get("accelerator")
     return Settings(
-        default_location=str(data.get("defaultLocationName") or "home"),
+        default_location=default,
         locations=locations,
-        cache_directory=None if cache is None else str(Path(str(cache)).expanduser()),
+        cache_directory=None if cache is None else _directory(cache, "cacheDirectory"),
         caching_enabled=bool(data.get("cachingEnabled", True)),
         default_image=str(data.get("defaultImage") or DEFAULT_IMAGE),
         registry=str(registry.get("registry") or "ghcr.io"),
@@ -89,26 +101,48 @@ def _from_yaml(data: dict[str, object], path: Path) -> Settings:
     )
 
 
+def _directory(value: object, what: str) -> str:
+    try:
+        return str(expand_path(str(value)))
+    except ValueError as error:
+        raise ValueError(f"{what}, {value!r:.100}, {error}") from error
+
+
 def write_settings(settings: Settings) -> None:
-    """Write the settings back to the file they came from."""
+    """Write the settings back to the file they came from.
+
+    Keys that lumed has no use for (Lume's telemetry, other registries) stay as they are in the
+    file. Raises Damaged rather than overwrite what cannot be read.
+    """
     if settings.path is None:
         raise ValueError("settings without a file")
-    data: dict[str, object] = {
+    data = _read_mapping(settings.path)
+    data |= {
         "defaultLocationName": settings.default_location,
         "cachingEnabled": settings.caching_enabled,
         "defaultImage": settings.default_image,
         "vmLocations": [{"name": n, "path": p} for n, p in sorted(settings.locations.items())],
-        "registry": {
-            "type": "ghcr",
-            "ghcr": {"registry": settings.registry, "organization": settings.organization},
-        },
+        "registry": _merged_registry(data.get("registry"), settings),
     }
-    if settings.cache_directory is not None:
-        data["cacheDirectory"] = settings.cache_directory
-    if settings.accelerator is not None:
-        data["accelerator"] = settings.accelerator
+    optional = {
+        "cacheDirectory": settings.cache_directory,
+        "accelerator": settings.accelerator,
+    }
+    data |= {key: value for key, value in optional.items() if value is not None}
     settings.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    write_atomic(settings.path, yaml.safe_dump(data, sort_keys=False).encode())
+    # The file itself, where the name is a link to one (as tools for dot files make it).
+    write_atomic(settings.path.resolve(), yaml.safe_dump(data, sort_keys=False).encode())
+
+
+def _merged_registry(old: object, settings: Settings) -> dict[str, object]:
+    registry: dict[str, object] = dict(old) if isinstance(old, dict) else {}
+    ghcr = registry.get("ghcr")
+    registry["ghcr"] = {
+        **(ghcr if isinstance(ghcr, dict) else {}),
+        "registry": settings.registry,
+        "organization": settings.organization,
+    }
+    return {"type": "ghcr", **registry}
 
 
 def with_location(settings: Settings, name: str, path: str) -> Settings:

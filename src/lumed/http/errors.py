@@ -83,6 +83,8 @@ def install_error_handlers(app: FastAPI) -> None:
             body = error_body(f"No such route: {path}", "unknown_route")
         elif error.status_code == 405:
             body = error_body(f"{request.method} is not possible on {path}", "wrong_method")
+        elif error.status_code == 413:
+            body = error_body(error.detail, "too_large")
         else:
             body = error_body(f"Invalid request body: {error.detail}", "invalid_body")
         return JSONResponse(body, error.status_code, headers=error.headers)

@@ -1,21 +1,30 @@
 """What stands before every route: who may ask, how large, and under which path.
 
 The API listens on loopback, where every web page in a browser on this host can send requests
-too. Such requests carry a foreign `Host` (DNS rebinding), an `Origin`, or one of the content
-types that a page may send without asking first; all are refused before anything happens.
+too. Such requests carry a foreign `Host` (DNS rebinding), an `Origin`, or a content type other
+than JSON, which a page may send without asking first; all are refused before anything happens.
 """
 
 from __future__ import annotations
 
-from urllib.parse import unquote, urlsplit
+import ipaddress
+import re
+import socket
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumed.http.errors import error_body
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
+_TOO_LARGE = f"The request body is larger than {MAX_BODY_BYTES // (1024 * 1024)} MB"
+_HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+# Not what a page may send without asking first: forms, text, and whatever is to come.
+_JSON = re.compile(r"application/([a-z0-9.+-]+\+)?json")
+_WILDCARDS = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 # The document prints these routes without the prefix in its headings.
@@ -28,6 +37,9 @@ class Guard:
     def __init__(self, app: ASGIApp, hosts: frozenset[str] = frozenset()) -> None:
         self._app = app
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in hosts}
+        self._any_address = not self._hosts.isdisjoint(_WILDCARDS)
+        if self._any_address:
+            self._hosts |= {socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
@@ -38,24 +50,23 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        limited = _LimitedBody(receive)
-        try:
-            await self._app(_normalised(scope), limited, send)
-        except _TooLarge:
-            # Nothing was answered yet: bodies are read whole before a route runs.
-            await _too_large()(scope, receive, send)
+        await self._app(_normalised(scope), _LimitedBody(receive), send)
 
     def _check(self, headers: Headers, method: str) -> JSONResponse | None:
-        host = _host_name(f"//{headers.get('host', '')}")
-        if host not in self._hosts:
-            return _refused(f"Host {headers.get('host', '')!r:.100} is not this server's", 403)
+        host = headers.get("host", "")
+        if not self._is_ours(host):
+            return _refused(
+                f"Host {host!r:.100} is not this server's",
+                403,
+                hint="use the address that `lume serve` printed, or start it with --host",
+            )
         origin = headers.get("origin")
-        if origin is not None and origin != f"http://{headers['host']}":
+        if origin is not None and origin != f"http://{host}":
             return _refused(f"Requests from the web page {origin!r:.100} are refused", 403)
         if method not in _WRITES:
             return None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind.startswith(("text/", "multipart/")) or kind == "application/x-www-form-urlencoded":
+        if kind and not _JSON.fullmatch(kind):
             return _refused(
                 f"Content type {kind!r:.60} is refused",
                 415,
@@ -63,12 +74,16 @@ class Guard:
             )
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return _too_large()
+            return JSONResponse(error_body(_TOO_LARGE, "too_large"), 413)
         return None
 
-
-class _TooLarge(Exception):
-    pass
+    def _is_ours(self, host: str) -> bool:
+        match = _HOST.fullmatch(host)
+        if match is None:
+            return False
+        name = match[1].strip("[]").lower()
+        # An address cannot be rebound: who names one has looked up nothing.
+        return name in self._hosts or (self._any_address and _is_address(name))
 
 
 class _LimitedBody:
@@ -82,7 +97,8 @@ class _LimitedBody:
         message = await self._receive()
         self._left -= len(message.get("body", b""))
         if self._left < 0:
-            raise _TooLarge
+            # The one exception that FastAPI lets through where it reads bodies.
+            raise HTTPException(413, _TOO_LARGE)
         return message
 
 
@@ -98,17 +114,13 @@ def _normalised(scope: Scope) -> Scope:
     return {**scope, "path": "/" + "/".join(parts)}
 
 
-def _host_name(netloc: str) -> str | None:
+def _is_address(name: str) -> bool:
     try:
-        return urlsplit(netloc).hostname
+        ipaddress.ip_address(name)
     except ValueError:
-        return None
+        return False
+    return True
 
 
 def _refused(message: str, status: int, hint: str | None = None) -> JSONResponse:
     return JSONResponse(error_body(message, "refused", hint), status)
-
-
-def _too_large() -> JSONResponse:
-    limit = MAX_BODY_BYTES // (1024 * 1024)
-    return JSONResponse(error_body(f"The request body is larger than {limit} MB", "too_large"), 413)

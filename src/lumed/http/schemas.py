@@ -54,8 +54,12 @@ def _guest_os(value: Any) -> GuestOs:
 
 
 def _text(value: Any) -> Any:
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError("it holds a NUL character")
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("it holds a NUL character")
+        if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            # JSON can write it, but no file name and no UTF-8 can hold it.
+            raise ValueError("it holds half of a surrogate pair")
     return value
 
 
@@ -135,11 +139,10 @@ class CreateBody(_Body):
     storage: Storage = None
     image: Text | None = Field(None, description="An image's name (tiny) or path")
     network: Text | None = Field(None, examples=["nat"])
-    user_data: str | None = Field(
+    user_data: Annotated[str, BeforeValidator(_text), Field(max_length=1024 * 1024)] | None = Field(
         None,
         validation_alias=AliasChoices("userData", "user_data"),
         description="cloud-init user data",
-        max_length=1024 * 1024,
     )
     ssh_keys: list[Text] | None = Field(
         None, validation_alias=AliasChoices("sshKeys", "ssh_keys"), max_length=100

@@ -14,6 +14,7 @@ from lumed.http.schemas import (
     MessageReply,
     RunBody,
     StopBody,
+    Text,
     UpdateBody,
     VmObject,
     VmReply,
@@ -22,7 +23,7 @@ from lumed.http.shapes import VmListEncoder, json_response, vm_object
 from lumed.naming import check_vm_name
 
 Storage = Annotated[
-    str | None, Query(description="A location's name (ssd, hdd, …) or an absolute path")
+    Text | None, Query(description="A location's name (ssd, hdd, …) or an absolute path")
 ]
 Name = Annotated[str, Path(description="The VM's name", examples=["lume_vm"])]
 

@@ -20,6 +20,7 @@ from lumed.errors import (
     NotFound,
     WrongState,
 )
+from lumed.files import expand_path
 from lumed.images.local import ImageCache
 from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
@@ -490,17 +491,15 @@ def _config_of(stored: StoredVm) -> VmConfig:
 
 
 def _usable_directory(text: str, field: str) -> Path:
-    path = Path(text).expanduser()
     try:
-        if not path.is_absolute():
-            raise ValueError("is not absolute; start it with / or ~/")
+        path = Path(os.path.normpath(expand_path(text)))
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not os.access(path, os.W_OK | os.X_OK):
             raise ValueError("cannot be written by this server's user")
     except (OSError, ValueError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
         raise InvalidField(f"{field}: {text!r:.100} {reason}", fields={field: reason}) from error
-    return Path(os.path.normpath(path))
+    return path
 
 
 def _read_memory() -> tuple[int, int]:

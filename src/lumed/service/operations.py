@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lumed.errors import LumedError, NotFound, WrongState
-from lumed.files import write_json
+from lumed.files import read_json_object, write_json
 from lumed.log import EventLog
 from lumed.model.operation import Operation, OperationError, OperationStatus
 from lumed.naming import new_operation_id
@@ -180,11 +179,11 @@ class Operations:
         # Whoever sees the operation over finds its VM free.
         work_done()
         operation = self.change(handle.id, error=error, **_over(status))
-        self._forget_old()
         # A full disk must not turn a success into a failure: the next server would only read
         # "interrupted" here.
         with contextlib.suppress(OSError, LumedError):
             await self._keep(operation)
+            await self._forget_old()
 
     async def _keep(self, operation: Operation) -> None:
         # Not durable: after a power cut no operation goes on, and its name is free anyway.
@@ -192,12 +191,12 @@ class Operations:
             write_json, self._file(operation.id), asdict(operation), durable=False
         )
 
-    def _forget_old(self) -> None:
+    async def _forget_old(self) -> None:
         over = [op for op in self.list_all() if op.is_over]
         for operation in over[KEPT:]:
             del self._known[operation.id]
             self._failures.pop(operation.id, None)
-            self._file(operation.id).unlink(missing_ok=True)
+            await asyncio.to_thread(self._file(operation.id).unlink, missing_ok=True)
 
     def _file(self, operation_id: str) -> Path:
         return self._directory / f"{operation_id}.json"
@@ -224,7 +223,7 @@ def _load(directory: Path) -> dict[str, Operation]:
     found: list[Operation] = []
     for file in directory.glob("op-*.json"):
         try:
-            data: dict[str, Any] = json.loads(file.read_bytes())
+            data: dict[str, Any] = read_json_object(file)
             error = data["error"]
             operation = Operation(
                 **{
@@ -233,10 +232,11 @@ def _load(directory: Path) -> dict[str, Operation]:
                     "error": None if error is None else OperationError(**error),
                 }
             )
+            is_old = operation.started_at < oldest
         except (OSError, ValueError, TypeError, KeyError) as reason:
             _log.warning("operation record unreadable", file=file, error=reason)
             continue
-        if operation.started_at < oldest:
+        if is_old or operation.id != file.stem:
             file.unlink(missing_ok=True)
             continue
         if not operation.is_over:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lumed.claim import take_lock
 from lumed.errors import InvalidField, LumedError, MachineFailed, NoSpace, WrongState
-from lumed.files import check_free_space, write_atomic
+from lumed.files import check_free_space, expand_path, write_atomic
 from lumed.guest.agent import GuestAgent
 from lumed.guest.seed import Seed, SeedShare, make_seed
 from lumed.guest.sshkey import read_or_make_key
@@ -392,17 +392,16 @@ def _check_shares(request: RunRequest) -> tuple[SharedDirectory, ...]:
 
 
 def _check_iso(request: RunRequest) -> str:
-    path = Path(request.mount or "").expanduser()
+    text = request.mount or ""
     try:
-        if not path.is_absolute():
-            raise ValueError("is not absolute; start it with / or ~/")
+        path = expand_path(text)
         if not stat.S_ISREG(path.stat().st_mode):
             raise ValueError("is no regular file")
         if not os.access(path, os.R_OK):
             raise ValueError("cannot be read by this server's user")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InvalidField(f"mount {str(path)!r} {reason}", fields={"mount": reason}) from error
+        raise InvalidField(f"mount {text!r:.200} {reason}", fields={"mount": reason}) from error
     return str(path.resolve())
 
 

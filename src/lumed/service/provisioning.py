@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from lumed.errors import InvalidField, NotPossibleHere
-from lumed.files import check_free_space
+from lumed.files import check_free_space, expand_path
 from lumed.guest.seed import check_user_data
 from lumed.images.inspect import DiskFacts, inspect_disk
 from lumed.images.local import CachedImage, ImageCache
@@ -76,10 +76,11 @@ class Provisioning:
             known = ", ".join(sorted(self._images.builtin_names))
             reason = f"{name!r:.80} is not known; known are {known}, or a path of a disk image"
             raise InvalidField(f"{field}: {reason}", fields={field: reason})
-        file = Path(name).expanduser()
-        if not file.is_absolute():
-            reason = f"{name!r:.80} is not absolute; start it with / or ~/"
-            raise InvalidField(f"{field}: {reason}", fields={field: reason})
+        try:
+            file = expand_path(name)
+        except ValueError as error:
+            reason = f"{name!r:.80} {error}"
+            raise InvalidField(f"{field}: {reason}", fields={field: reason}) from error
         facts = await inspect_disk(file)
         _check_fits(request, facts)
         return ImageChoice(str(file), file, facts)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from lumed.errors import InvalidField, NotFound
-from lumed.files import write_json
+from lumed.files import expand_path, write_json
 from lumed.settings import BUILTIN_LOCATIONS, Settings
 from lumed.store.layout import Home
 
@@ -47,12 +47,16 @@ class Locations:
             storage = self._default
         if storage in self._named:
             return storage, self._named[storage]
+        reason = f"is not known; known are {', '.join(sorted(self._named))}"
         if "/" in storage:
-            path = Path(os.path.normpath(Path(storage).expanduser()))
-            if path.is_absolute():
+            try:
+                path = Path(os.path.normpath(expand_path(storage)))
+            except ValueError as error:
+                reason = str(error)
+            else:
                 names = [name for name, place in self._named.items() if place == path]
                 return (names[0] if names else str(path)), path
-        reason = f"{storage!r:.80} is not known; known are {', '.join(sorted(self._named))}"
+        reason = f"{storage!r:.80} {reason}"
         raise InvalidField(
             f"storage: {reason}",
             hint="add it with POST /lume/config/locations, or give an absolute path",

@@ -106,6 +106,9 @@ def sweep(locations: Iterable[Path]) -> list[str]:
             lock = staging / f"{entry.name}.lock"
             if not is_locked(lock):
                 shutil.rmtree(entry, ignore_errors=True)
-                lock.unlink(missing_ok=True)
                 swept.append(entry.name)
+        for lock in staging.glob("*.lock"):
+            # Also those of VMs that were published in the instant before a kill.
+            if not is_locked(lock):
+                lock.unlink(missing_ok=True)
     return swept

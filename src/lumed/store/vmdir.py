@@ -6,9 +6,10 @@ what Lume knows nothing of. Both are replaced atomically.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from uuid import UUID
 
 from lumed.errors import Damaged
 from lumed.files import read_json_object, write_json
@@ -86,29 +87,27 @@ def read_config(vm_dir: VmDir) -> VmConfig:
         lume = read_json_object(vm_dir.config)
         extra = read_json_object(vm_dir.extra)
         return VmConfig(
-            uuid=_text(extra, "uuid"),
+            # A folder is named after it, and it goes into QEMU's command line.
+            uuid=str(UUID(_text(extra, "uuid"))),
             os=_guest_os(_text(lume, "os")),
             cpu_count=_number(lume, "cpuCount"),
             memory_bytes=_number(lume, "memorySize"),
             disk_size_bytes=_number(lume, "diskSize"),
             display=Display.parse(_text(lume, "display")),
-            mac_address=_text(lume, "macAddress"),
-            network=str(lume.get("networkMode") or "nat"),
+            mac_address=_mac_address(lume),
+            network=_optional_text(lume, "networkMode") or "nat",
             firmware=Firmware(_text(extra, "firmware")),
-            image=cast("str | None", extra.get("image")),
-            ports=tuple(
-                PortForward(_number(p, "guestPort"), cast("int | None", p.get("hostPort")))
-                for p in cast("list[dict[str, object]]", extra.get("ports") or [])
-            ),
-            ssh_keys=tuple(str(key) for key in cast("list[str]", extra.get("sshKeys") or [])),
-            user_data=cast("str | None", extra.get("userData")),
-            created_at=str(extra.get("createdAt") or ""),
+            image=_optional_text(extra, "image"),
+            ports=tuple(map(_port, _list(extra, "ports"))),
+            ssh_keys=tuple(map(str, _list(extra, "sshKeys"))),
+            user_data=_optional_text(extra, "userData"),
+            created_at=_optional_text(extra, "createdAt") or "",
         )
     except OSError as error:
         raise Damaged(
             f"The VM {vm_dir.name} cannot be read: {error.strerror}: {error.filename}"
         ) from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise Damaged(
             f"The VM {vm_dir.name} cannot be read: {error}",
             hint=f"mend {vm_dir.config} and {vm_dir.extra}; nothing else of the VM was touched",
@@ -154,6 +153,33 @@ def _text(data: dict[str, object], key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} is missing or no text")
     return value
+
+
+def _optional_text(data: dict[str, object], key: str) -> str | None:
+    return None if data.get(key) is None else _text(data, key)
+
+
+def _mac_address(data: dict[str, object]) -> str:
+    value = _text(data, "macAddress")
+    if not re.fullmatch(r"([0-9A-Fa-f]{2}:){5}[0-9A-Fa-f]{2}", value):
+        raise ValueError(f"macAddress is {value!r:.40}, which is none")
+    return value
+
+
+def _list(data: dict[str, object], key: str) -> list[object]:
+    value = data.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is no list")
+    return value
+
+
+def _port(value: object) -> PortForward:
+    if not isinstance(value, dict):
+        raise ValueError("ports holds something that is no object")
+    host_port = None if value.get("hostPort") is None else _number(value, "hostPort")
+    return PortForward(_number(value, "guestPort"), host_port)
 
 
 def _number(data: dict[str, object], key: str) -> int:
