@@ -89,10 +89,14 @@ async def engine(home: Home, driver: FakeDriver) -> AsyncIterator[LocalEngine]:
     """A real engine; its fake machines are ended at the end."""
     async with start_fake_engine(home, driver) as engine:
         yield engine
-        machines = [machine.process for machine in driver.machines]
-    for process in machines:
-        if is_alive(process):
-            send_signal(process, signal.SIGKILL)
+    end_machines(driver)
+
+
+def end_machines(driver: FakeDriver) -> None:
+    """Kill every machine that a driver has started."""
+    for machine in driver.machines:
+        if is_alive(machine.process):
+            send_signal(machine.process, signal.SIGKILL)
 
 
 def connect(app: Guard) -> Client:

@@ -11,7 +11,7 @@ from lumed.engine import Engine
 from lumed.http.errors import install_error_handlers
 from lumed.http.guard import Guard
 from lumed.http.host import config_routes, host_routes, operation_routes
-from lumed.http.schemas import ErrorObject
+from lumed.http.replies import ErrorObject
 from lumed.http.vms import vm_routes
 
 _FAILURES: dict[int | str, dict[str, Any]] = {

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from typing import Any
 from urllib.parse import unquote
 
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from lumed.http.errors import error_body
 
@@ -34,7 +36,7 @@ _ALIASES = frozenset({"vms", "images"})
 class Guard:
     """ASGI middleware; hosts are the names, beside loopback's, that `Host` may hold."""
 
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] = frozenset()) -> None:
+    def __init__(self, app: FastAPI, hosts: frozenset[str] = frozenset()) -> None:
         self._app = app
         self._hosts = _LOOPBACK_NAMES | {host.lower() for host in hosts}
         self._any_address = not self._hosts.isdisjoint(_WILDCARDS)
@@ -51,6 +53,10 @@ class Guard:
             await refusal(scope, receive, send)
             return
         await self._app(_normalised(scope), _LimitedBody(receive), send)
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document, as /openapi.json serves it."""
+        return self._app.openapi()
 
     def _check(self, headers: Headers, method: str) -> JSONResponse | None:
         host = headers.get("host", "")

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Response
 
 from lumed.engine import Engine
-from lumed.http.schemas import (
-    ConfigBody,
+from lumed.http.bodies import ConfigBody, LocationBody
+from lumed.http.replies import (
     ConfigObject,
     HostObject,
-    LocationBody,
     LocationObject,
     LogsObject,
     MessageReply,

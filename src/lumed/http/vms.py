@@ -9,16 +9,8 @@ from fastapi import APIRouter, Path, Query, Response
 
 from lumed.engine import Engine
 from lumed.errors import InvalidField, NotFound
-from lumed.http.schemas import (
-    CreateBody,
-    MessageReply,
-    RunBody,
-    StopBody,
-    Text,
-    UpdateBody,
-    VmObject,
-    VmReply,
-)
+from lumed.http.bodies import CreateBody, RunBody, StopBody, Text, UpdateBody
+from lumed.http.replies import MessageReply, VmObject, VmReply
 from lumed.http.shapes import VmListEncoder, json_response, vm_object
 from lumed.naming import check_vm_name
 

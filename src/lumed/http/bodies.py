@@ -1,7 +1,7 @@
-"""The JSON of the wire: request bodies with every spelling that clients use, and the answers.
+"""The JSON of the wire: request bodies, with every spelling that clients use.
 
 Unknown keys are ignored, null means absent, and both `diskSize` and `disk_size` are understood
-(contract, section 4). The answers here document the API; `shapes.py` writes them.
+(contract, section 4).
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def _size_schema(example: str) -> WithJsonSchema:
         {
             "type": "string",
             "description": "A number and KB, MB, GB or TB; a bare number is GB.",
+            "pattern": r"^\s*\d{1,20}(\.\d{1,20})?\s*([KMGTkmgt]?[Ii]?[Bb]?)\s*$",
             "examples": [example],
         }
     )
@@ -84,27 +85,46 @@ DiskSize = Annotated[
 Screen = Annotated[
     Display,
     BeforeValidator(Display.parse),
-    WithJsonSchema({"type": "string", "examples": ["1024x768"]}),
+    WithJsonSchema({"type": "string", "pattern": r"^\d{2,5}x\d{2,5}$", "examples": ["1024x768"]}),
 ]
 Os = Annotated[
     GuestOs,
     BeforeValidator(_guest_os),
-    WithJsonSchema({"type": "string", "examples": ["linux"], "description": "macOS or linux"}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "enum": ["macOS", "linux"],
+            "description": "Guest OS, in any case of letters",
+            "examples": ["linux"],
+        }
+    ),
 ]
 VmName = Annotated[
     str,
     BeforeValidator(_as_value_error(check_vm_name)),
-    WithJsonSchema({"type": "string", "examples": ["lume_vm"]}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+            "description": "Name of the VM",
+            "examples": ["lume_vm"],
+        }
+    ),
 ]
 LocationName = Annotated[
     str,
     BeforeValidator(_as_value_error(check_location_name)),
-    WithJsonSchema({"type": "string", "examples": ["fast"]}),
+    WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$", "examples": ["fast"]}),
 ]
 Storage = Annotated[
     Text | None,
     Field(description="A location's name (ssd, hdd, …) or an absolute path", examples=["ssd"]),
 ]
+
+
+def _example(example: dict[str, Any]) -> ConfigDict:
+    """An example of the API document, as /docs shows it."""
+    return ConfigDict(json_schema_extra={"examples": [example]})
 
 
 class _Body(BaseModel):
@@ -129,13 +149,28 @@ def _port(value: Any) -> Any:
 class CreateBody(_Body):
     """POST /lume/vms. image, network, userData, sshKeys, ports and firmware are lumed's own."""
 
+    model_config = _example(
+        {
+            "name": "lume_vm",
+            "os": "macOS",
+            "cpu": 2,
+            "memory": "4GB",
+            "diskSize": "64GB",
+            "display": "1024x768",
+            "ipsw": "latest",
+            "storage": "ssd",
+        }
+    )
+
     name: VmName
     os: Os
     cpu: Cpu
     memory: Memory
     disk_size: DiskSize = Field(validation_alias=AliasChoices("diskSize", "disk_size"))
     display: Screen | None = None
-    ipsw: Text | None = Field(None, description="What to install: an image's name, or latest")
+    ipsw: Text | None = Field(
+        None, description="What to install: an image's name, or latest", examples=["latest"]
+    )
     storage: Storage = None
     image: Text | None = Field(None, description="An image's name (tiny) or path")
     network: Text | None = Field(None, examples=["nat"])
@@ -173,6 +208,16 @@ class CreateBody(_Body):
 class UpdateBody(_Body):
     """PUT or PATCH /lume/vms/{name}, POST …/update."""
 
+    model_config = _example(
+        {
+            "cpu": 4,
+            "memory": "8GB",
+            "diskSize": "100GB",
+            "display": "1920x1080",
+            "storage": "ssd",
+        }
+    )
+
     cpu: Cpu | None = None
     memory: Memory | None = None
     disk_size: DiskSize | None = Field(None, validation_alias=AliasChoices("diskSize", "disk_size"))
@@ -201,6 +246,15 @@ class SharedDirectoryBody(_Body):
 
 class RunBody(_Body):
     """POST /lume/vms/{name}/run; every field may be absent."""
+
+    model_config = _example(
+        {
+            "noDisplay": False,
+            "sharedDirectories": [{"hostPath": "~/Projects", "readOnly": False}],
+            "recoveryMode": False,
+            "storage": "ssd",
+        }
+    )
 
     no_display: bool | None = Field(None, validation_alias=AliasChoices("noDisplay", "no_display"))
     shared_directories: list[SharedDirectoryBody] | None = Field(
@@ -261,181 +315,3 @@ class LocationBody(_Body):
 
     name: LocationName
     path: Text
-
-
-class ErrorObject(BaseModel):
-    """Every failure. message and error hold the same sentence."""
-
-    message: str
-    error: str
-    code: str
-    hint: str | None = None
-    fields: dict[str, Any] | None = None
-
-
-class DiskObject(BaseModel):
-    """Bytes on the host, and the size that the guest sees."""
-
-    allocated: int
-    total: int
-
-
-class SharedDirectoryObject(BaseModel):
-    """A shared directory of a running VM; tag is its name inside the guest."""
-
-    hostPath: str  # noqa: N815 - the wire's names
-    readOnly: bool  # noqa: N815
-    tag: str
-
-
-class ForwardObject(BaseModel):
-    """A host address and port that lead to a guest port."""
-
-    guestPort: int  # noqa: N815
-    address: str
-    port: int
-    protocol: str
-
-
-class EndObject(BaseModel):
-    """How the last machine ended; step is what ended it when it was asked to stop."""
-
-    cause: str
-    detail: str
-    at: str
-    step: str | None = None
-
-
-class VmObject(BaseModel):
-    """A VM: the document's keys and today's clients' keys side by side.
-
-    An ipAddress, vncPort or vncUrl that is not known is absent.
-    """
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "name": "my-vm-2",
-                    "state": "stopped",
-                    "os": "linux",
-                    "cpu": 2,
-                    "memory": "4GB",
-                    "diskSize": "64GB",
-                }
-            ]
-        }
-    )
-
-    name: str
-    state: str
-    status: str
-    os: str
-    cpu: int
-    cpuCount: int  # noqa: N815
-    memory: str
-    memorySize: int  # noqa: N815
-    diskSize: str  # noqa: N815
-    disk: DiskObject
-    display: str
-    locationName: str  # noqa: N815
-    networkMode: str  # noqa: N815
-    ipAddress: str | None = None  # noqa: N815
-    sshAvailable: bool | None = None  # noqa: N815
-    vncPort: int | None = None  # noqa: N815
-    vncUrl: str | None = None  # noqa: N815
-    sharedDirectories: list[SharedDirectoryObject] | None = None  # noqa: N815
-    forwards: list[ForwardObject] | None = None
-    problems: list[str] | None = None
-    lastEnd: EndObject | None = None  # noqa: N815
-    operation: str | None = None
-    provisioningOperation: str | None = None  # noqa: N815
-    downloadProgress: float | None = None  # noqa: N815
-    uuid: str | None = None
-    macAddress: str | None = None  # noqa: N815
-    image: str | None = None
-    firmware: str | None = None
-    accelerator: str | None = None
-    createdAt: str | None = None  # noqa: N815
-    startedAt: str | None = None  # noqa: N815
-    recoveryMode: bool | None = None  # noqa: N815
-
-
-class VmReply(VmObject):
-    """A VM object with a sentence that says what happened to it."""
-
-    message: str
-
-
-class MessageReply(BaseModel):
-    """A sentence that says what happened."""
-
-    model_config = ConfigDict(extra="allow")
-
-    message: str
-
-
-class OperationErrorObject(BaseModel):
-    """Why an operation failed."""
-
-    code: str
-    message: str
-    hint: str | None = None
-
-
-class OperationObject(BaseModel):
-    """A long action. `failure` rather than `error`: one client takes the key for a failed call."""
-
-    id: str
-    action: str
-    target: str
-    status: str
-    stage: str
-    startedAt: str  # noqa: N815
-    endedAt: str | None = None  # noqa: N815
-    bytesDone: int | None = None  # noqa: N815
-    bytesTotal: int | None = None  # noqa: N815
-    failure: OperationErrorObject | None = None
-
-
-class HostObject(BaseModel):
-    """The host in numbers; the first five keys are Lume's."""
-
-    status: str
-    vm_count: int
-    max_vms: int
-    available_slots: int
-    version: str
-    runningCount: int  # noqa: N815
-    cpuCount: int  # noqa: N815
-    memoryTotal: int  # noqa: N815
-    memoryAvailable: int  # noqa: N815
-    diskFree: int  # noqa: N815
-    accelerator: str | None = None
-    acceleratorReason: str | None = None  # noqa: N815
-
-
-class LocationObject(BaseModel):
-    """A storage location."""
-
-    name: str
-    path: str
-
-
-class ConfigObject(BaseModel):
-    """The settings in force."""
-
-    vmLocations: list[LocationObject]  # noqa: N815
-    defaultLocationName: str  # noqa: N815
-    cacheDirectory: str  # noqa: N815
-    cachingEnabled: bool  # noqa: N815
-    telemetryEnabled: bool  # noqa: N815
-    defaultImage: str  # noqa: N815
-    registry: dict[str, Any]
-
-
-class LogsObject(BaseModel):
-    """The server's logs as text."""
-
-    info: str | None = None
-    error: str | None = None
