@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/:+@%,[]")
 
@@ -60,6 +61,17 @@ class _Formatter(logging.Formatter):
         return "\n".join(f"    {line}" for line in super().formatException(ei).splitlines())
 
 
+class _PrivateFileHandler(RotatingFileHandler):
+    """Files that only this user can read, also those that follow the first."""
+
+    def _open(self) -> TextIO:  # type: ignore[override]  # typeshed is too narrow
+        return open(self.baseFilename, "a", encoding="utf-8", opener=_open_private)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 def start_logging(directory: Path, level: str) -> None:
     """Log to `lumed.log` (all) and `lumed.error.log` (warnings and worse), and warnings to stderr.
 
@@ -70,9 +82,7 @@ def start_logging(directory: Path, level: str) -> None:
     formatter.converter = time.gmtime
     handlers: list[logging.Handler] = []
     for name, threshold in (("lumed.log", logging.DEBUG), ("lumed.error.log", logging.WARNING)):
-        path = directory / name
-        path.touch(mode=0o600)
-        handlers.append(RotatingFileHandler(path, maxBytes=2_000_000, backupCount=4))
+        handlers.append(_PrivateFileHandler(directory / name, maxBytes=2_000_000, backupCount=4))
         handlers[-1].setLevel(threshold)
     handlers.append(logging.StreamHandler(sys.stderr))
     handlers[-1].setLevel(logging.WARNING)

@@ -153,7 +153,12 @@ class Operations:
         if operation.is_over or task is None:
             raise WrongState(f"Operation {operation_id} is over: {operation.status.value}")
         task.cancel()
-        return await self.wait(operation_id, _CANCEL_TIMEOUT_S)
+        operation = await self.wait(operation_id, _CANCEL_TIMEOUT_S)
+        if operation.is_over:
+            # One that had not begun has written nothing itself.
+            with contextlib.suppress(OSError, LumedError):
+                await self._keep(operation)
+        return operation
 
     async def _carry_out(
         self,
