@@ -52,6 +52,7 @@ def build_app(engine: Engine, hosts: frozenset[str] = frozenset()) -> Guard:
         # A request with a body and no content type is read as JSON (contract, section 4); the
         # guard has refused those that a web page could send.
         strict_content_type=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     install_error_handlers(app)
     for router in (
