@@ -1,0 +1,1 @@
+"""Measures lumed beside its peers; started by scripts/bench."""
