@@ -1,8 +1,8 @@
 """Sweeps after a test session, also one that was killed: `reaper.py MARK FOLDER`.
 
 It waits for the end of its standard input, which is the session's end, then ends every process
-that has MARK in its environment, undoes mounts below FOLDER and removes it, and removes users
-that have MARK as their comment.
+that has MARK in its environment, undoes mounts below FOLDER and removes it, removes users that
+have MARK as their comment, and the network namespaces and bridges of the session's tests.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def list_marked(mark: str) -> list[int]:
 
 def main(mark: str, folder: str) -> None:
     """Wait, then sweep; says on stderr what it had to end."""
+    session_pid = os.getppid()
     while sys.stdin.buffer.read(4096):
         pass
     give_up_at = time.monotonic() + 10
@@ -47,6 +48,13 @@ def main(mark: str, folder: str) -> None:
     for mount in reversed([m for m in mounts if m.startswith(folder + "/")]):
         subprocess.run(["umount", "-l", mount], check=False)
     shutil.rmtree(folder, ignore_errors=True)
+    for line in subprocess.run(
+        ["ip", "netns", "list"], check=False, capture_output=True, text=True
+    ).stdout.splitlines():
+        if line.startswith(f"lmo{session_pid}x"):
+            subprocess.run(["ip", "netns", "delete", line.split()[0]], check=False)
+    for link in Path("/sys/class/net").glob("lmb*"):
+        subprocess.run(["ip", "link", "delete", link.name], check=False)
     for line in Path("/etc/passwd").read_text().splitlines():
         fields = line.split(":")
         if len(fields) > 4 and fields[4] == mark:

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import os
 import resource
-import select
 import shutil
 import signal
 import subprocess
@@ -107,22 +106,6 @@ async def wait_gone(process: ProcessId, timeout_s: float | None) -> bool:
 def _finish(ended: asyncio.Future[None]) -> None:
     if not ended.done():
         ended.set_result(None)
-
-
-def wait_gone_blocking(process: ProcessId, timeout_s: float) -> bool:
-    """`wait_gone` for code without an event loop."""
-    try:
-        fd = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return True
-    try:
-        if not is_alive(process):
-            return True
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        return bool(poller.poll(timeout_s * 1000))
-    finally:
-        os.close(fd)
 
 
 def get_program(name: str, *, package: str, also: Sequence[str] = ()) -> Path:
