@@ -134,7 +134,7 @@ async def test_settings_change_and_survive_the_server(
         changes = {
             "cacheDirectory": str(tmp_path / "cache"),
             "cachingEnabled": False,
-            "defaultImage": "other",
+            "defaultImage": "/images/other.qcow2",
             "homeDirectory": str(tmp_path / "vms"),
         }
         reply = await client.post(CONFIG, json=changes)
@@ -192,10 +192,18 @@ async def test_a_location_is_added_used_and_removed(client: Client, tmp_path: Pa
     reply = await client.delete(f"{LOCATIONS}/fast")
     assert reply.json() == {"message": "Location removed successfully"}
     assert "fast" not in await named_locations(client)
-    # Its VMs stay on disk, and are there again when it is.
-    assert (await client.get("/lume/vms")).json() == []
+    # No change of settings hides a VM: without a name, its location is the path.
+    (vm,) = (await client.get("/lume/vms")).json()
+    assert (vm["name"], vm["locationName"]) == ("web", path)
     await client.post(LOCATIONS, json={"name": "again", "path": path})
-    assert [vm["name"] for vm in (await client.get("/lume/vms")).json()] == ["web"]
+    (vm,) = (await client.get("/lume/vms")).json()
+    assert (vm["name"], vm["locationName"]) == ("web", "again")
+
+
+async def test_a_default_image_must_be_one_that_could_be(client: Client) -> None:
+    reply = await client.post(CONFIG, json={"defaultImage": "vista"})
+    assert (reply.status_code, list(reply.json()["fields"])) == (422, ["defaultImage"])
+    assert (await client.get(CONFIG)).json()["defaultImage"] == "tiny"
 
 
 async def test_a_built_in_location_may_get_a_folder_of_its_own(

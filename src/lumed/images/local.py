@@ -99,6 +99,10 @@ class ImageCache:
         """The names that get_builtin knows."""
         return frozenset(self._builtins)
 
+    def use_directory(self, directory: Path) -> None:
+        """Keep images there from now on; VMs go on resting on those at the old place."""
+        self._directory = directory.absolute()
+
     async def import_file(self, path: Path, report: Report) -> CachedImage:
         """The image made from a local qcow2 or raw file; copied at first use, then found.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,11 @@ from lumed.engine import Accepted
 from lumed.errors import (
     AlreadyExists,
     Busy,
-    Conflict,
     InvalidField,
     LumedError,
     NotFound,
     WrongState,
 )
-from lumed.files import expand_path
 from lumed.images.local import ImageCache
 from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
@@ -30,17 +27,18 @@ from lumed.model.operation import Operation, OperationStatus
 from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
 from lumed.model.view import VmView
 from lumed.model.vm import DiskFormat, VmConfig
-from lumed.naming import check_location_name
 from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
 from lumed.service.gate import Gate
+from lumed.service.host import free_bytes, read_logs, read_memory
+from lumed.service.keeper import SettingsKeeper
 from lumed.service.live import LiveMachine
 from lumed.service.operations import Operations, RunningOperation
 from lumed.service.power import Power, RescueSystem
 from lumed.service.provisioning import Provisioning
 from lumed.service.tasks import TaskOwner
 from lumed.service.view import Views, view_of_request
-from lumed.settings import Settings, with_location, write_settings
+from lumed.settings import Settings
 from lumed.store.disk import grow
 from lumed.store.index import StoredVm, VmIndex
 from lumed.store.layout import Home
@@ -80,12 +78,12 @@ class LocalEngine:
         tasks: TaskOwner,
     ) -> None:
         self._home = home
-        self._settings = settings
         self._driver = driver
         self._images = images
         self._find_accelerator = find_accelerator
         self._tasks = tasks
         self._index = VmIndex(Locations(home, settings))
+        self._keeper = SettingsKeeper(home, settings, self._index, images)
         self._operations = Operations(home.operations, tasks)
         self._gate = Gate()
         self._views = Views()
@@ -178,7 +176,9 @@ class LocalEngine:
         try:
             if await asyncio.to_thread(self._index.find, name) is not None:
                 raise exists
-            choice = await self._provisioning.check(request, location, self._settings.default_image)
+            choice = await self._provisioning.check(
+                request, location, self._keeper.settings.default_image
+            )
             request = replace(request, image=None if choice is None else choice.name)
             await asyncio.to_thread(self._index.locations.remember, location)
 
@@ -363,7 +363,7 @@ class LocalEngine:
     async def host_status(self) -> HostStatus:
         """See Engine."""
         stored = await asyncio.to_thread(self._index.list_vms)
-        total, available = await asyncio.to_thread(_read_memory)
+        total, available = await asyncio.to_thread(read_memory)
         _, default = self._index.locations.get(None)
         accelerator: Accelerator | None = None
         with contextlib.suppress(LumedError):
@@ -375,15 +375,14 @@ class LocalEngine:
             cpu_count=os.cpu_count() or 1,
             memory_total_bytes=total,
             memory_available_bytes=available,
-            disk_free_bytes=await asyncio.to_thread(_free_bytes, default),
+            disk_free_bytes=await asyncio.to_thread(free_bytes, default),
             accelerator=accelerator.name if accelerator else None,
             accelerator_reason=accelerator.reason if accelerator else None,
         )
 
     def settings(self) -> Settings:
         """See Engine."""
-        cache = self._settings.cache_directory or str(self._home.cache)
-        return replace(self._settings, cache_directory=cache)
+        return self._keeper.settings
 
     def locations(self) -> dict[str, Path]:
         """See Engine."""
@@ -398,59 +397,28 @@ class LocalEngine:
         default_image: str | None = None,
     ) -> Settings:
         """See Engine."""
-        settings = self._settings
-        if home_directory is not None:
-            path = await asyncio.to_thread(_usable_directory, home_directory, "homeDirectory")
-            settings = with_location(settings, "home", str(path))
-        if cache_directory is not None:
-            path = await asyncio.to_thread(_usable_directory, cache_directory, "cacheDirectory")
-            settings = replace(settings, cache_directory=str(path))
-        if caching_enabled is not None:
-            settings = replace(settings, caching_enabled=caching_enabled)
-        if default_image is not None:
-            settings = replace(settings, default_image=default_image)
-        await self._apply(settings)
-        return self.settings()
+        return await self._keeper.change(
+            home_directory=home_directory,
+            cache_directory=cache_directory,
+            caching_enabled=caching_enabled,
+            default_image=default_image,
+        )
 
     async def add_location(self, name: str, path: str) -> Path:
-        """See Engine. A built-in name may be given another folder once."""
-        if check_location_name(name) in self._settings.locations:
-            raise AlreadyExists(f"VM location with name '{name}' already exists")
-        directory = await asyncio.to_thread(_usable_directory, path, "path")
-        await self._apply(with_location(self._settings, name, str(directory)))
-        return directory
+        """See Engine."""
+        return await self._keeper.add_location(name, path)
 
     async def remove_location(self, name: str) -> None:
         """See Engine."""
-        if name not in self._settings.locations:
-            self._index.locations.find_named(name)
-            raise Conflict(f"The location '{name}' is built in and cannot be removed")
-        if name == self._settings.default_location:
-            raise Conflict(
-                f"Cannot remove the default location '{name}'. Set a new default location first."
-            )
-        left = {key: path for key, path in self._settings.locations.items() if key != name}
-        await self._apply(replace(self._settings, locations=left))
+        await self._keeper.remove_location(name)
 
     async def set_default_location(self, name: str) -> None:
         """See Engine."""
-        self._index.locations.find_named(name)
-        await self._apply(replace(self._settings, default_location=name))
+        await self._keeper.set_default_location(name)
 
     async def read_logs(self, kind: str, lines: int | None) -> dict[str, str]:
         """See Engine."""
-        files = {"info": "lumed.log", "error": "lumed.error.log"}
-        wanted = {key: name for key, name in files.items() if kind in (key, "all")}
-        return {
-            key: await asyncio.to_thread(_read_tail, self._home.logs / name, lines)
-            for key, name in wanted.items()
-        }
-
-    async def _apply(self, settings: Settings) -> None:
-        if settings != self._settings:
-            await asyncio.to_thread(write_settings, settings)
-            self._settings = settings
-            self._index.locations = Locations(self._home, settings)
+        return await asyncio.to_thread(read_logs, self._home, kind, lines)
 
     async def _prepare_accelerator(self) -> None:
         with contextlib.suppress(LumedError):
@@ -488,40 +456,3 @@ def _config_of(stored: StoredVm) -> VmConfig:
     if stored.config is None:
         raise stored.damage or NotFound(f"Virtual machine not found: {stored.name}")
     return stored.config
-
-
-def _usable_directory(text: str, field: str) -> Path:
-    try:
-        path = Path(os.path.normpath(expand_path(text)))
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise ValueError("cannot be written by this server's user")
-    except (OSError, ValueError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise InvalidField(f"{field}: {text!r:.100} {reason}", fields={field: reason}) from error
-    return path
-
-
-def _read_memory() -> tuple[int, int]:
-    """Total and available memory in bytes (proc(5), /proc/meminfo)."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    values = {
-        key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)
-    }
-    return values["MemTotal"], values["MemAvailable"]
-
-
-def _free_bytes(directory: Path) -> int:
-    try:
-        usage = os.statvfs(directory)
-    except OSError:
-        return 0
-    return usage.f_bavail * usage.f_frsize
-
-
-def _read_tail(path: Path, lines: int | None) -> str:
-    try:
-        with path.open(errors="replace") as file:
-            return "".join(file if lines is None else deque(file, maxlen=lines))
-    except FileNotFoundError:
-        return ""
