@@ -40,4 +40,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reaper.wait(30)
 
 
+@pytest.fixture(scope="session")
+def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of the session: tiny is made once, by the first test that needs it."""
+    return tmp_path_factory.mktemp("cache")
+
+
 _REAPER_KEY = pytest.StashKey[subprocess.Popen[bytes]]()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, TextIO
 
+from lumed.errors import InvalidField
+
+_FILE_BYTES = 2_000_000
 _BARE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-/:+@%,[]")
 
 
@@ -54,9 +59,21 @@ def _quote(text: str) -> str:
 
 
 class _Formatter(logging.Formatter):
-    """A traceback is indented, so that no word in it can pass for a line of its own."""
+    """One line a record; a traceback is indented, so that no word in it can pass for a line."""
 
-    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        # What another handler's formatter has made of the traceback is kept here.
+        record.exc_text = None
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """See logging.Formatter."""
+        # Our own events are quoted already; libraries log what they like.
+        record.message = " ".join(record.message.splitlines())
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
         """See logging.Formatter."""
         return "\n".join(f"    {line}" for line in super().formatException(ei).splitlines())
 
@@ -72,26 +89,40 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
-def start_logging(directory: Path, level: str) -> None:
+@contextlib.contextmanager
+def start_logging(directory: Path, level: str) -> Iterator[None]:
     """Log to `lumed.log` (all) and `lumed.error.log` (warnings and worse), and warnings to stderr.
 
-    5 files of 2 MB each, mode 0600. `GET /lume/logs` reads these files.
+    5 files of 2 MB each, mode 0600. `GET /lume/logs` reads these files. level is for our own
+    events; of libraries (uvicorn, asyncio) only warnings are kept.
+    Raises InvalidField if there is no such level.
     """
+    if level.upper() not in logging.getLevelNamesMapping():
+        reason = f"{level!r:.60} is no level; use debug, info, warning or error"
+        raise InvalidField(f"LUME_LOG_LEVEL: {reason}", fields={"LUME_LOG_LEVEL": reason})
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     formatter = _Formatter("[%(asctime)s] %(levelname)s: %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
-    handlers: list[logging.Handler] = []
-    for name, threshold in (("lumed.log", logging.DEBUG), ("lumed.error.log", logging.WARNING)):
-        handlers.append(_PrivateFileHandler(directory / name, maxBytes=2_000_000, backupCount=4))
-        handlers[-1].setLevel(threshold)
-    handlers.append(logging.StreamHandler(sys.stderr))
-    handlers[-1].setLevel(logging.WARNING)
+    everything = _PrivateFileHandler(directory / "lumed.log", maxBytes=_FILE_BYTES, backupCount=4)
+    warnings: list[logging.Handler] = [
+        _PrivateFileHandler(directory / "lumed.error.log", maxBytes=_FILE_BYTES, backupCount=4),
+        logging.StreamHandler(sys.stderr),
+    ]
+    root, own = logging.getLogger(), logging.getLogger("lumed")
+    before = own.level
+    own.setLevel(level.upper())
+    for handler in warnings:
+        handler.setLevel(logging.WARNING)
+    handlers = [everything, *warnings]
     for handler in handlers:
         handler.setFormatter(formatter)
-    for logger in map(logging.getLogger, ("lumed", "asyncio", "uvicorn")):
-        logger.propagate = False
-        for handler in handlers:
-            logger.addHandler(handler)
-    logging.getLogger("lumed").setLevel(level.upper())
+        root.addHandler(handler)
     # What it has to say is in the errors that it raises.
     logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        own.setLevel(before)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()

@@ -46,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LumedError as error:
         _complain(error)
         return 1
+    except OSError as error:
+        # A home that cannot be made, written or locked.
+        _complain(
+            LumedError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        )
+        return 1
     except KeyboardInterrupt:
         return 130
     return result if isinstance(result, int) else 0
@@ -89,8 +95,9 @@ def _serve(host: str, port: int, socket: Path | None, given_home: Path | None) -
     if lock is None:
         raise _somebody_serves(home)
     try:
-        start_logging(home.logs, os.environ.get("LUME_LOG_LEVEL", "info"))
-        asyncio.run(_run_server(home, settings, host, port, socket or home.socket))
+        socket_path = home.socket if socket is None else socket.expanduser().absolute()
+        with start_logging(home.logs, os.environ.get("LUME_LOG_LEVEL", "info")):
+            asyncio.run(_run_server(home, settings, host, port, socket_path))
     finally:
         lock.close()
     return 0

@@ -67,6 +67,9 @@ def _read_mapping(path: Path) -> dict[str, object]:
         data = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         return {}
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f"line {error.problem_mark.line + 1}: "
+        raise _damaged(path, f"{line}{error.problem}") from error
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: a date such as 2026-99-99, which the parser takes for one and cannot make.
         raise _damaged(path, str(error)) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,14 +69,8 @@ async def test_a_running_vm_takes_a_slot(client: Client) -> None:
 
 @pytest.fixture
 def logs(home: Home) -> Iterator[None]:
-    root = logging.getLogger("lumed")
-    start_logging(home.logs, "info")
-    yield
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(logging.NOTSET)
-    root.propagate = True
+    with start_logging(home.logs, "info"):
+        yield
 
 
 @pytest.mark.usefixtures("logs")

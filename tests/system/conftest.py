@@ -1,4 +1,4 @@
-"""One image cache for the whole session, a server for each test."""
+"""A server for each test."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.system.harness import Server, running_server
-
-
-@pytest.fixture(scope="session")
-def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny image is made once, by the first test that needs it."""
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture

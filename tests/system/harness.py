@@ -23,6 +23,7 @@ from lumed.osproc import find_process
 
 SMALL = {"os": "linux", "cpu": 1, "memory": "256MB", "diskSize": "1GB", "image": "tiny"}
 BOOT_S = 60.0
+LUME = (sys.executable, "-m", "lumed")
 
 
 class Server:
@@ -32,36 +33,44 @@ class Server:
         self,
         home: Path,
         *,
-        command: Sequence[str] = (sys.executable, "-m", "lumed"),
+        command: Sequence[str] = LUME,
         env: Mapping[str, str] | None = None,
+        port: int = 0,
+        arguments: Sequence[str] = (),
+        stderr: Path | None = None,
     ) -> None:
         self.home = home
-        self._command = command
+        self._command = (*command, "serve", "--port", str(port), "--home", str(home), *arguments)
         self._env = {**os.environ, **(env or {})}
+        self._stderr = stderr
         self.process: subprocess.Popen[str] | None = None
+        self.said = ""
         self.url = ""
 
     def start(self) -> None:
         """Start it and wait until it says where it listens."""
-        self.process = subprocess.Popen(
-            [*self._command, "serve", "--port", "0", "--home", str(self.home)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=self._env,
-            cwd="/",
-        )
+        with contextlib.ExitStack() as stack:
+            stderr = None if self._stderr is None else stack.enter_context(self._stderr.open("ab"))
+            self.process = subprocess.Popen(
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=self._env,
+                cwd="/",
+            )
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 20)
-        line = self.process.stdout.readline() if ready else ""
-        match = re.search(r"listens on (http://\S+)", line)
-        assert match, f"the server said {line!r}, status {self.process.poll()}"
+        self.said = self.process.stdout.readline() if ready else ""
+        match = re.search(r"listens on (http://\S+)", self.said)
+        assert match, f"the server said {self.said!r}, status {self.process.poll()}"
         self.url = match[1]
 
     def stop(self) -> None:
-        """SIGTERM; it must end by itself."""
+        """SIGTERM; it must end by itself, without a fault."""
         if self.process is not None:
             self.process.terminate()
-            self._collect()
+            assert self._collect() == 0
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -69,12 +78,14 @@ class Server:
             self.process.kill()
             self._collect()
 
-    def _collect(self) -> None:
+    def _collect(self) -> int:
         assert self.process is not None
-        self.process.wait(15)
+        status = self.process.wait(15)
         if self.process.stdout is not None:
+            self.said += self.process.stdout.read()
             self.process.stdout.close()
         self.process = None
+        return status
 
     def client(self) -> httpx.Client:
         """A client of this server."""
@@ -175,6 +186,23 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)
+
+
+def run_lume(
+    *arguments: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A `lume` command that ends by itself; whatever happens, it shows no traceback."""
+    ended = subprocess.run(
+        [*LUME, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+        env={**os.environ, **(env or {})},
+        cwd="/",
+    )
+    assert "Traceback" not in ended.stderr, ended.stderr
+    return ended
 
 
 def is_running(pid: int) -> bool:

@@ -44,6 +44,25 @@ async def test_who_may_wait_goes_on_when_the_first_has_left() -> None:
     assert gate.action("web") is None
 
 
+async def test_who_waits_goes_on_waiting_behind_the_next_one() -> None:
+    gate = Gate()
+    gate.enter("web", "run", "web")
+
+    async def stop() -> None:
+        async with gate.wait_for("web", "stop", "web", behind=RUN, timeout_s=5):
+            pass
+
+    stopping = asyncio.create_task(stop())
+    await asyncio.sleep(0)
+    gate.leave("web")
+    gate.enter("web", "run", "web")
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert not stopping.done()
+    gate.leave("web")
+    await stopping
+
+
 async def test_of_two_that_wait_one_is_busy() -> None:
     gate = Gate()
     gate.enter("web", "run", "web")

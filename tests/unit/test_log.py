@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lumed.errors import InvalidField
 from lumed.log import EventLog, start_logging
 
 LINE = re.compile(r"\[\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ\] [A-Z]+: .*")
@@ -18,14 +19,8 @@ FORGED = "x\n[2026-11-24T12:00:00Z] INFO: vm deleted vm=web"
 @pytest.fixture
 def logs(tmp_path: Path) -> Iterator[Path]:
     """The folder of the logs, which are started."""
-    root = logging.getLogger("lumed")
-    start_logging(tmp_path / "logs", "info")
-    yield tmp_path / "logs"
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(logging.NOTSET)
-    root.propagate = True
+    with start_logging(tmp_path / "logs", "info"):
+        yield tmp_path / "logs"
 
 
 def test_an_event_is_a_line_with_its_facts(logs: Path) -> None:
@@ -73,3 +68,16 @@ def test_logs_are_private_and_bounded(logs: Path) -> None:
     assert files == ["lumed.error.log", "lumed.log", *(f"lumed.log.{n}" for n in range(1, 5))]
     assert all(path.stat().st_size < 2_100_000 for path in logs.iterdir())
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in logs.iterdir())
+
+
+def test_libraries_are_heard_when_they_warn(logs: Path) -> None:
+    library = logging.getLogger("uvicorn.error")
+    library.info("started")
+    library.warning("odd %s", FORGED)
+    (line,) = (logs / "lumed.error.log").read_text().splitlines()
+    assert line.endswith("WARNING: odd x [2026-11-24T12:00:00Z] INFO: vm deleted vm=web")
+
+
+def test_an_unknown_level_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="'loud' is no level"), start_logging(tmp_path, "loud"):
+        pass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, validators
 
 from lumed import __version__
 
@@ -34,7 +34,12 @@ def build_cli(commands: Commands) -> App:
     @app.command
     def serve(
         *,
-        port: Annotated[int, Parameter(help="TCP port; 0 picks a free one")] = DEFAULT_PORT,
+        port: Annotated[
+            int,
+            Parameter(
+                help="TCP port; 0 picks a free one", validator=validators.Number(gte=0, lte=65535)
+            ),
+        ] = DEFAULT_PORT,
         host: Annotated[str, Parameter(help="address to listen on")] = "127.0.0.1",
         socket: Annotated[Path | None, Parameter(help="unix socket, beside the port")] = None,
         home: Annotated[Path | None, Parameter(help="home directory (or LUME_HOME)")] = None,

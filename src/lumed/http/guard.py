@@ -7,6 +7,7 @@ than JSON, which a page may send without asking first; all are refused before an
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import re
 import socket
@@ -23,6 +24,8 @@ from lumed.http.errors import error_body
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _TOO_LARGE = f"The request body is larger than {MAX_BODY_BYTES // (1024 * 1024)} MB"
+_ENDING = "The server ended before the answer was ready"
+_AFTER_END = "start it again and look: GET /lume/vms"
 _HOST = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 # Not what a page may send without asking first: forms, text, and whatever is to come.
 _JSON = re.compile(r"application/([a-z0-9.+-]+\+)?json")
@@ -52,7 +55,14 @@ class Guard:
         if refusal is not None:
             await refusal(scope, receive, send)
             return
-        await self._app(_normalised(scope), _LimitedBody(receive), send)
+        try:
+            await self._app(_normalised(scope), _LimitedBody(receive), send)
+        except asyncio.CancelledError:
+            # The server ends and this request has outlived its patience: a body that does not
+            # come, or a guest that does not go. Nothing was sent yet, since answers are whole.
+            await JSONResponse(error_body(_ENDING, "server_ended", _AFTER_END), 503)(
+                scope, receive, send
+            )
 
     def openapi(self) -> dict[str, Any]:
         """The OpenAPI document, as /openapi.json serves it."""

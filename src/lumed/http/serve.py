@@ -8,6 +8,7 @@ import gc
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from lumed.errors import Conflict, InvalidField
 from lumed.http.guard import Guard
 
 # A client that keeps its connection open must not keep the server from ending.
-_SHUTDOWN_S = 5
+_SHUTDOWN_S = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def bind_listeners(host: str, port: int, socket_path: Path) -> Listeners:
     """Bind both sockets. Port 0 picks a free one.
 
     Raises Conflict if the port is taken, InvalidField if the host is no address of this machine.
-    The caller holds the home's server lock, so an old unix socket is nobody's.
+    An old unix socket is replaced if nobody answers on it.
     """
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -80,12 +81,28 @@ def _bind_unix(unix: socket.socket, path: Path) -> None:
             fields={"socket": "too long"},
         )
     try:
-        path.unlink(missing_ok=True)
+        _remove_old_socket(path)
         unix.bind(str(path))
     except OSError as error:
         raise Conflict(f"Cannot listen on {path}: {error.strerror}") from error
     path.chmod(0o600)
     unix.listen(1024)
+
+
+def _remove_old_socket(path: Path) -> None:
+    """Remove what a killed server left; Conflict for anything else that has the name."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise Conflict(f"Cannot listen on {path}: it exists and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        with contextlib.suppress(OSError):
+            probe.connect(str(path))
+            raise Conflict(f"Cannot listen on {path}: somebody listens there already")
+    path.unlink()
 
 
 class _Server(uvicorn.Server):
