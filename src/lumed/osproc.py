@@ -15,10 +15,11 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from lumed.errors import MissingDependency, TimedOut, ToolFailed
+from lumed.threads import run_to_end
 
 _LAST_WORDS = 2000
 
@@ -239,7 +240,8 @@ async def start_detached(
     pass_fds keep their numbers in the child; no other descriptor is inherited.
     Raises MissingDependency if the program does not exist.
     """
-    pid = await asyncio.to_thread(_spawn, argv, log, tuple(pass_fds), env)
+    spawn = partial(_spawn, argv, log, tuple(pass_fds), env)
+    pid = await run_to_end(spawn, undo=_kill_and_reap)
     # Nobody else reaps our children, so the pid cannot have been reused yet.
     fd = os.pidfd_open(pid)
     identity = find_process(pid) or ProcessId(boot_id(), pid, 0)
@@ -255,6 +257,11 @@ async def start_detached(
 
     loop.add_reader(fd, reap)
     return Child(identity, exit_status)
+
+
+def _kill_and_reap(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _spawn(

@@ -10,11 +10,17 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def run_to_end(work: Callable[[], T], *, on_cancel: Callable[[], object] | None = None) -> T:
+async def run_to_end(
+    work: Callable[[], T],
+    *,
+    on_cancel: Callable[[], object] | None = None,
+    undo: Callable[[T], object] | None = None,
+) -> T:
     """Run `work` in a thread; a cancellation calls on_cancel and waits until the thread ended.
 
     asyncio.to_thread lets a cancelled thread run on, and it would then write into a directory
     that its caller is already removing. Work that takes long must watch what on_cancel sets.
+    undo gets what a cancelled `work` still returned, such as a lock or a process.
     """
     future = asyncio.get_running_loop().run_in_executor(None, work)
     try:
@@ -26,5 +32,7 @@ async def run_to_end(work: Callable[[], T], *, on_cancel: Callable[[], object] |
             # Further cancellations change nothing: we are ending already.
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({future})
-        future.exception()  # seen, so that asyncio does not report it as forgotten
+        # The exception is seen, so that asyncio does not report it as forgotten.
+        if future.exception() is None and undo is not None:
+            undo(future.result())
         raise

@@ -5,6 +5,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from lumed.claim import find_holder, is_locked, take_lock, wait_unlocked
 from lumed.osproc import ProcessId, boot_id, find_process, is_alive, send_signal, start_detached
 
@@ -57,3 +59,18 @@ def test_a_reused_pid_is_not_the_same_process() -> None:
     assert not is_alive(earlier)
     assert not send_signal(earlier, signal.SIGKILL)
     assert not is_alive(ProcessId("another-boot", me.pid, me.start_ticks))
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
+    lock = take_lock(tmp_path / "run.lock")
+    assert lock is not None
+    for _ in range(20):
+        starting = asyncio.create_task(
+            start_detached(["/bin/sleep", "60"], log=tmp_path / "log", pass_fds=[lock.fd])
+        )
+        await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    lock.close()
+    assert await wait_unlocked(tmp_path / "run.lock", 2)

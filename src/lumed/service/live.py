@@ -140,6 +140,8 @@ class LiveMachine:
 
     def attach(self, machine: Machine) -> None:
         """Take up the connection to the machine and listen to it."""
+        if self.ended.is_set():
+            return
         self.machine = machine
         self.process = machine.process
         self.silent = False
@@ -165,6 +167,8 @@ class LiveMachine:
         words = await asyncio.to_thread(read_last_words, self.vm_dir.qemu_log)
         self.end = conclude(self, status, words)
         await self.record_end()
+        # Once more, for a connection that was taken up while the machine was ending.
+        await self.let_go()
         on_end(self)
 
     async def record_end(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lumed.claim import take_lock
+from lumed.claim import RunLock, take_lock
 from lumed.errors import InvalidField, LumedError, MachineFailed, NoSpace, WrongState
 from lumed.files import check_free_space, expand_path, write_atomic
 from lumed.guest.agent import GuestAgent
@@ -49,6 +49,7 @@ from lumed.store.index import StoredVm
 from lumed.store.layout import Home, vm_runtime_dir
 from lumed.store.runrecord import RunRecord
 from lumed.store.vmdir import VmDir
+from lumed.threads import run_to_end
 from lumed.units import MIB
 
 _log = EventLog("machine")
@@ -195,7 +196,7 @@ class Power:
     ) -> Machine:
         """Claim, record, gather the parts, act. stack closes our copies of descriptors."""
         vm_dir = live.vm_dir
-        lock = await asyncio.to_thread(take_lock, vm_dir.run_lock)
+        lock = await run_to_end(partial(take_lock, vm_dir.run_lock), undo=_release)
         if lock is None:
             raise WrongState(f"Virtual machine already running: {vm_dir.name}")
         stack.callback(lock.close)
@@ -382,6 +383,11 @@ async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
     except TimeoutError:
         pass
     return event.is_set()
+
+
+def _release(lock: RunLock | None) -> None:
+    if lock is not None:
+        lock.close()
 
 
 def _check_shares(request: RunRequest) -> tuple[SharedDirectory, ...]:
