@@ -26,7 +26,7 @@ from lumed.store.layout import Home
 from lumed.units import GIB, describe_size
 
 if TYPE_CHECKING:
-    from lumed.machine.qemu.accel import Accelerator
+    from lumed.model.host import Accelerator
 
 _log = EventLog("server")
 

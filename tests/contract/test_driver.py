@@ -15,10 +15,10 @@ import pytest
 from lumed.claim import RunLock, is_locked, take_lock, wait_unlocked
 from lumed.errors import LumedError, MachineFailed
 from lumed.machine.driver import GuestShutDown, Machine, MachineDriver, MachineStatus
-from lumed.machine.qemu.accel import Accelerator
 from lumed.machine.qemu.driver import QemuDriver
 from lumed.machine.spec import MachineSpec
 from lumed.main import get_qemu
+from lumed.model.host import Accelerator
 from lumed.model.vm import DiskFormat, Display, Firmware
 from lumed.osproc import is_alive, send_signal, wait_gone
 from lumed.store.disk import create_empty

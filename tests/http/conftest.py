@@ -15,7 +15,7 @@ from blockbuster import blockbuster_ctx
 from lumed.http.app import build_app
 from lumed.http.guard import Guard
 from lumed.images.local import BuiltImage, Builtin, ImageCache
-from lumed.machine.qemu.accel import Accelerator
+from lumed.model.host import Accelerator
 from lumed.osproc import is_alive, send_signal
 from lumed.service.local import LocalEngine, start_engine
 from lumed.settings import read_settings

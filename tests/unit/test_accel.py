@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from lumed.errors import InvalidField
-from lumed.machine.qemu.accel import Accelerator, accel_args, find_accelerator, find_obstacle
+from lumed.machine.qemu.accel import accel_args, find_accelerator, find_obstacle
+from lumed.model.host import Accelerator
 
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 

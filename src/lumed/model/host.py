@@ -29,3 +29,12 @@ class HostStatus:
     disk_free_bytes: int
     accelerator: str | None
     accelerator_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """What runs guests: the choice ("kvm" or "tcg"), why it was made, and what would make the better one work."""
+
+    name: str
+    reason: str
+    hint: str | None = None

@@ -21,8 +21,7 @@ from lumed.errors import (
 from lumed.images.local import ImageCache
 from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
-from lumed.machine.qemu.accel import Accelerator
-from lumed.model.host import HostStatus
+from lumed.model.host import Accelerator, HostStatus
 from lumed.model.operation import Operation, OperationStatus
 from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
 from lumed.model.view import VmView

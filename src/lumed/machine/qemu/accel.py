@@ -17,13 +17,13 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from lumed.claim import take_lock
 from lumed.errors import InvalidField, MissingDependency, ToolFailed
 from lumed.machine.qemu.longmode import CLOCK_LIMIT_S, run_longmode
+from lumed.model.host import Accelerator
 from lumed.osproc import boot_id, run_tool_blocking
 
 KVM_DEVICE = Path("/dev/kvm")
@@ -40,15 +40,6 @@ _BROKEN_KVM_HINT = (
     "if this host is a virtual machine, it needs nested hardware virtualisation; "
     "LUME_ACCEL=kvm uses KVM all the same"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Accelerator:
-    """The choice ("kvm" or "tcg"), why it was made, and what would make the better one work."""
-
-    name: str
-    reason: str
-    hint: str | None = None
 
 
 def accel_args(accelerator: Accelerator) -> list[str]:

@@ -21,11 +21,12 @@ from lumed.machine.driver import (
     MachineStatus,
     StatusChanged,
 )
-from lumed.machine.qemu.accel import Accelerator, accel_args
+from lumed.machine.qemu.accel import accel_args
 from lumed.machine.qemu.argv import SocketFds, build_argv
 from lumed.machine.qemu.firmware import find_uefi, make_vars
 from lumed.machine.qemu.monitor import Monitor
 from lumed.machine.spec import MachineSpec
+from lumed.model.host import Accelerator
 from lumed.model.vm import Firmware
 from lumed.osproc import (
     Child,
