@@ -33,7 +33,7 @@ class HostStatus:
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """What runs guests: the choice ("kvm" or "tcg"), why it was made, and what would make the better one work."""
+    """What runs guests, "kvm" or "tcg"; why, and what would make the better one work."""
 
     name: str
     reason: str
