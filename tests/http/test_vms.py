@@ -264,6 +264,16 @@ async def test_a_create_that_fails_frees_the_name_and_keeps_the_reason(
     await create(client, "web", image="tiny")
 
 
+async def test_a_missing_tool_is_told_before_the_work_is_accepted(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    reply = await client.post(VMS, json={"name": "web", **SMALL})
+    assert (reply.status_code, reply.json()["code"]) == (503, "missing_dependency")
+    assert reply.json()["hint"] == "sudo apt-get install qemu-utils"
+    assert (await client.get("/lume/operations")).json() == []
+
+
 async def test_macos_guests_are_refused_with_their_reason(client: Client) -> None:
     reply = await client.post(VMS, json={"name": "mac", **SMALL, "os": "macOS", "ipsw": "latest"})
     assert reply.status_code == 501

@@ -17,6 +17,7 @@ from lumed.model.request import CreateRequest
 from lumed.model.vm import Firmware, GuestOs, VmConfig
 from lumed.naming import new_mac_address
 from lumed.network.plan import parse_network
+from lumed.osproc import get_program
 from lumed.service.operations import RunningOperation, utc_now
 from lumed.store.disk import create_empty, create_overlay
 from lumed.store.staging import start_staging
@@ -60,6 +61,7 @@ class Provisioning:
                 reason = f"{key!r:.40} is no public key; it looks like 'ssh-ed25519 AAAA… name'"
                 raise InvalidField(f"sshKeys: {reason}", fields={"sshKeys": reason})
         choice = await self._choose_image(request, default_image)
+        get_program("qemu-img", package="qemu-utils")
         await asyncio.to_thread(_check_location, location, f"create {request.name}")
         return choice
 
