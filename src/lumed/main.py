@@ -139,6 +139,10 @@ async def _run_server(
     images = ImageCache(cache / "images", {"tiny": builtin_tiny()})
     async with start_engine(home, settings, QemuDriver(get_qemu, find), images, find) as engine:
         listeners = bind_listeners(host, port, socket_path)
+        if not listeners.is_loopback:
+            _log.warning(
+                "the API is open to the network, without authentication", url=listeners.url
+            )
         try:
             app = build_app(engine, frozenset({host}))
             await serve(app, listeners, partial(_announce, home, listeners.url, socket_path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import os
 import signal
 import socket
@@ -30,6 +31,11 @@ class Listeners:
     unix: socket.socket
     url: str
     socket_path: Path
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this host can reach the TCP one."""
+        return ipaddress.ip_address(self.tcp.getsockname()[0]).is_loopback
 
     def close(self) -> None:
         """Close both; the unix socket's name goes too."""
