@@ -300,6 +300,8 @@ async def test_ipsw_names_an_image_and_latest_is_the_default_one(client: Client)
         ("cpu", 0),
         ("cpu", "two"),
         ("cpu", 10000),
+        ("cpu", True),
+        ("ports", [True]),
         ("memory", "-1GB"),
         ("memory", "0"),
         ("memory", "4XB"),

@@ -63,6 +63,13 @@ def _text(value: Any) -> Any:
     return value
 
 
+def _no_truth_value(value: Any) -> Any:
+    # Python's True is the number 1, and pydantic takes it for one.
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
+    return value
+
+
 def _size_schema(example: str) -> WithJsonSchema:
     return WithJsonSchema(
         {
@@ -75,7 +82,8 @@ def _size_schema(example: str) -> WithJsonSchema:
 
 
 Text = Annotated[str, BeforeValidator(_text), Field(max_length=4096)]
-Cpu = Annotated[int, Field(ge=1, le=MAX_CPUS, description="Number of CPU cores", examples=[2])]
+Number = Annotated[int, BeforeValidator(_no_truth_value)]
+Cpu = Annotated[Number, Field(ge=1, le=MAX_CPUS, description="Number of CPU cores", examples=[2])]
 Memory = Annotated[
     int, BeforeValidator(_as_value_error(_size(MIN_MEMORY, MAX_MEMORY))), _size_schema("4GB")
 ]
@@ -134,10 +142,10 @@ class _Body(BaseModel):
 class PortBody(_Body):
     """A guest port to reach from the host."""
 
-    guest_port: int = Field(
+    guest_port: Number = Field(
         validation_alias=AliasChoices("guestPort", "guest_port", "guest"), ge=1, le=65535
     )
-    host_port: int | None = Field(
+    host_port: Number | None = Field(
         None, validation_alias=AliasChoices("hostPort", "host_port", "host"), ge=1, le=65535
     )
 
