@@ -234,3 +234,12 @@ def test_an_iso_is_attached_and_an_empty_disk_then_has_an_installer(
     assert str(iso).encode() in argv
     server.create("blank", image=None)
     assert "problems" not in server.run("blank", mount=str(iso))
+
+
+def test_a_guest_that_does_not_listen_is_off_within_20_seconds(server: Server) -> None:
+    server.create("deaf", image=None)
+    server.run("deaf")
+    started = time.monotonic()
+    stopped = server.call("POST", "/vms/deaf/stop", 200)
+    assert time.monotonic() - started < 20
+    assert stopped["lastEnd"]["step"] == "quit"
