@@ -19,17 +19,19 @@ class Views:
     """Builds views, and hands out the same object while nothing has changed."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[object, VmView]] = {}
+        self._known: dict[Path, tuple[StoredVm, object, str | None, VmView]] = {}
 
     def of(self, stored: StoredVm, live: LiveMachine | None, operation: str | None) -> VmView:
         """The view of a VM on disk."""
         facts = None if live is None else (live, live.state, live.record, *_changing(live))
-        known = self._known.get(stored.vm_dir.path)
-        # Frozen objects that are replaced, never changed: identity of the parts is enough.
-        if known is not None and known[0] == (id(stored), facts, operation):
-            return known[1]
+        path = stored.vm_dir.path
+        known = self._known.get(path)
+        # Frozen objects that are replaced, never changed: identity is enough. The old one is
+        # kept for that: the id of a freed object may be that of its successor.
+        if known is not None and known[0] is stored and known[1:3] == (facts, operation):
+            return known[3]
         view = _build(stored, live, operation)
-        self._known[stored.vm_dir.path] = ((id(stored), facts, operation), view)
+        self._known[path] = (stored, facts, operation, view)
         return view
 
 
