@@ -7,13 +7,14 @@ import gc
 import os
 import shutil
 import sys
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumed import __version__
-from lumed.claim import take_lock
+from lumed.claim import RunLock, find_holder, take_lock
 from lumed.cli.app import Commands, build_cli
 from lumed.cli.doctor import print_checks
 from lumed.errors import Conflict, LumedError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _log = EventLog("server")
 
 _USAGE_ERROR = 64  # EX_USAGE, as Lume's own command
+_LOCK_PATIENCE_S = 2.0
 _ENOUGH_SPACE_BYTES = 2 * GIB
 
 
@@ -91,9 +93,7 @@ def _serve(host: str, port: int, socket: Path | None, given_home: Path | None) -
     home, named = find_home(given_home)
     settings = read_settings(settings_path(home.root, named=named))
     home.prepare()
-    lock = take_lock(home.server_lock)
-    if lock is None:
-        raise _somebody_serves(home)
+    lock = _take_server_lock(home)
     try:
         socket_path = home.socket if socket is None else socket.expanduser().absolute()
         with start_logging(home.logs, os.environ.get("LUME_LOG_LEVEL", "info")):
@@ -109,6 +109,17 @@ def _start_faster() -> None:
     gc.disable()
     # FastAPI imports pydantic's old models only to refuse them, and takes their absence well.
     sys.modules["pydantic.v1"] = None  # type: ignore[assignment]
+
+
+def _take_server_lock(home: Home) -> RunLock:
+    """The lock of the home's only server. Raises Conflict that says where that one listens."""
+    give_up_at = time.monotonic() + _LOCK_PATIENCE_S
+    while (lock := take_lock(home.server_lock)) is None:
+        # A server that was just killed holds it for a moment longer: see claim.wait_unlocked.
+        if find_holder(home.server_lock) is not None or time.monotonic() > give_up_at:
+            raise _somebody_serves(home)
+        time.sleep(0.005)
+    return lock
 
 
 def _somebody_serves(home: Home) -> Conflict:

@@ -63,6 +63,10 @@ class Server:
         ready, _, _ = select.select([self.process.stdout], [], [], 20)
         self.said = self.process.stdout.readline() if ready else ""
         match = re.search(r"listens on (http://\S+)", self.said)
+        if match is None:
+            # Its status comes a moment after the end of what it says.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(1)
         assert match, f"the server said {self.said!r}, status {self.process.poll()}"
         self.url = match[1]
 
