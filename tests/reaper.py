@@ -48,6 +48,9 @@ def main(mark: str, folder: str) -> None:
     for mount in reversed([m for m in mounts if m.startswith(folder + "/")]):
         subprocess.run(["umount", "-l", mount], check=False)
     shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        # Where servers of homes with long paths have their sockets, if nothing is left in it.
+        Path(f"/tmp/lumed-{os.getuid()}").rmdir()
     for line in subprocess.run(
         ["ip", "netns", "list"], check=False, capture_output=True, text=True
     ).stdout.splitlines():
