@@ -114,6 +114,12 @@ class ToolFailed(LumedError):
     code = "tool_failed"
 
 
+class RegistryFailed(LumedError):
+    """A registry or mirror could not be reached, refused, or sent wrong bytes."""
+
+    code = "registry_failed"
+
+
 class TimedOut(LumedError):
     """Something did not happen before its deadline; the message says what and how long."""
 
