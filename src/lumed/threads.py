@@ -5,9 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class _GivenUp(Exception):
+    """Nobody waits for this work any more, and it had not begun."""
 
 
 async def run_to_end(
@@ -15,19 +20,35 @@ async def run_to_end(
     *,
     on_cancel: Callable[[], object] | None = None,
     undo: Callable[[T], object] | None = None,
+    executor: Executor | None = None,
 ) -> T:
     """Run `work` in a thread; a cancellation calls on_cancel and waits until the thread ended.
 
     asyncio.to_thread lets a cancelled thread run on, and it would then write into a directory
     that its caller is already removing. Work that takes long must watch what on_cancel sets.
     undo gets what a cancelled `work` still returned, such as a lock or a process.
+    executor is for work of minutes; the default one is for what a request waits for.
     """
-    future = asyncio.get_running_loop().run_in_executor(None, work)
+    begun = given_up = False
+
+    def run() -> T:
+        nonlocal begun
+        begun = True
+        if given_up:
+            raise _GivenUp
+        return work()
+
+    future = asyncio.get_running_loop().run_in_executor(executor, run)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         if on_cancel is not None:
             on_cancel()
+        given_up = True
+        if not begun:
+            # Still queued behind other work: whoever takes it up sees that it is given up.
+            future.cancel()
+            raise
         while not future.done():
             # Further cancellations change nothing: we are ending already.
             with contextlib.suppress(asyncio.CancelledError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,3 +48,18 @@ async def test_a_second_cancellation_does_not_leave_the_work_alone() -> None:
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_work_that_is_still_queued_when_it_is_cancelled_never_runs() -> None:
+    go_on = threading.Event()
+    ran = threading.Event()
+    with ThreadPoolExecutor(1) as executor:
+        first = asyncio.create_task(run_to_end(lambda: go_on.wait(10), executor=executor))
+        second = asyncio.create_task(run_to_end(ran.set, executor=executor))
+        await asyncio.sleep(0)  # both are queued
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(second, 5)
+        go_on.set()
+        assert await first
+    assert not ran.is_set()

@@ -1,10 +1,12 @@
-"""The images that VMs rest on: private, read-only copies of local files, and built-in ones.
+"""The images that VMs rest on: pulled, built, or private copies of local files; all read-only.
 
-A VM's disk is an overlay that names the image's path, so a published image directory is never
-changed and never deleted here, not even a damaged one.
+A published image directory is never changed. It is removed only when nothing rests on it: a VM
+on the same file system holds a hard link to the disk, so that the kernel counts; of the others
+the caller knows.
 
     <directory>/<id>/            disk.qcow2 or disk.raw (0444), perhaps kernel and initramfs,
                                  image.json; appears by one rename, complete and synced
+    <directory>/.names/          which name is which image (names.py)
     <directory>/.staging/<n>/    an image being made, with the lock of its maker; after a kill
                                  the lock is free and sweep() removes the directory
 
@@ -17,37 +19,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import hashlib
-import json
 import os
 import shutil
 import threading
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from lumed.claim import RunLock, take_lock
-from lumed.errors import LumedError, NotFound
+from lumed.errors import LumedError, NotFound, WrongState
 from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomic
 from lumed.images.copy import copy_image
-from lumed.images.inspect import (
-    DiskFacts,
-    find_format,
-    inspect_disk_blocking,
-    open_image,
-    refuse,
-)
+from lumed.images.inspect import find_format, inspect_disk_blocking, open_image, refuse
+from lumed.images.names import ImageNames
 from lumed.images.qcow2 import UnfitImage
-from lumed.model.vm import DiskFormat, Firmware
+from lumed.images.record import RECORD, CachedImage, encode_record, read_image
+from lumed.model.image import ImageAbout
 from lumed.threads import run_to_end
 
-_META = "image.json"
 _LOCK = "owner.lock"
 _STAGING = ".staging"
-_COPIES_AT_ONCE = 2  # each holds one of the few threads that the whole server shares
+_NAMES = ".names"
+# Copies, pulls and pushes: threads of their own, since they last longer than a request.
+_LONG_WORK_AT_ONCE = 4
 
 # Stage, bytes done, bytes to do (0, 0: unknown); called in the event loop.
 Report = Callable[[str, int, int], None]
@@ -60,6 +61,7 @@ class BuiltImage:
     disk: Path
     kernel: Path | None = None
     initramfs: Path | None = None
+    about: ImageAbout = field(default_factory=ImageAbout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,7 @@ class Builtin:
     build: Callable[[Path, Callable[[str], None]], Awaitable[BuiltImage]]
 
 
-@dataclass(frozen=True, slots=True)
-class CachedImage:
-    """An image that VMs can rest on. name is the built-in's name or the source's path."""
-
-    id: str
-    name: str
-    disk: Path
-    facts: DiskFacts
-    kernel: Path | None = None
-    initramfs: Path | None = None
+T = TypeVar("T")
 
 
 class ImageCache:
@@ -92,7 +85,17 @@ class ImageCache:
         self._directory = directory.absolute()
         self._builtins = dict(builtins)
         self._making: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
-        self._copies = asyncio.Semaphore(_COPIES_AT_ONCE)
+        self._long_work = ThreadPoolExecutor(_LONG_WORK_AT_ONCE, thread_name_prefix="image")
+
+    @property
+    def names(self) -> ImageNames:
+        """Which name is which image."""
+        return ImageNames(self._directory / _NAMES)
+
+    @property
+    def blobs(self) -> Path:
+        """Where unfinished downloads lie."""
+        return self._directory.parent / "blobs"
 
     @property
     def builtin_names(self) -> frozenset[str]:
@@ -115,15 +118,18 @@ class ImageCache:
             found = await asyncio.to_thread(self._find_first, image_id)
             if found is not None:
                 return found
-            async with self._copies:
-                stop = threading.Event()
-                loop = asyncio.get_running_loop()
+            stop = threading.Event()
+            loop = asyncio.get_running_loop()
 
-                def report_copy(done: int, total: int) -> None:
-                    loop.call_soon_threadsafe(report, "copying", done, total)
+            def report_copy(done: int, total: int) -> None:
+                loop.call_soon_threadsafe(report, "copying", done, total)
 
-                make = partial(self._import, path, source, image_id, stop, report_copy)
-                return await run_to_end(make, on_cancel=stop.set)
+            make = partial(self._import, path, source, image_id, stop, report_copy)
+            return await self.run_long(make, stop)
+
+    async def run_long(self, work: Callable[[], T], stop: threading.Event) -> T:
+        """Run work of minutes in a thread; a cancellation sets stop and waits for its end."""
+        return await run_to_end(work, on_cancel=stop.set, executor=self._long_work)
 
     async def get_builtin(self, name: str, report: Report) -> CachedImage:
         """The built-in image `name`, built at first use. Raises NotFound if there is none."""
@@ -132,15 +138,27 @@ class ImageCache:
             known = ", ".join(sorted(self._builtins)) or "none"
             raise NotFound(f"Image not found: {name}", hint=f"built-in images: {known}")
         image_id = f"{name}-{builtin.version}"
+        return await self.get_or_make(
+            image_id, name, lambda path: builtin.build(path, lambda stage: report(stage, 0, 0))
+        )
+
+    async def get_or_make(
+        self, image_id: str, name: str, fill: Callable[[Path], Awaitable[BuiltImage]]
+    ) -> CachedImage:
+        """The image of that id; if there is none, fill makes it in the directory it gets.
+
+        Raises what fill does, InvalidField if it is no fit disk, NoSpace. A failed or cancelled
+        making leaves nothing behind.
+        """
         async with self._single(image_id):
             found = await asyncio.to_thread(self._find_first, image_id)
             if found is not None:
                 return found
             staging = _Staging(self._directory / _STAGING)
             try:
-                with full_disk_is_no_space(self._directory, f"build {name}"):
+                with full_disk_is_no_space(self._directory, f"make {name}"):
                     await run_to_end(staging.open)
-                    built = await builtin.build(staging.path, lambda stage: report(stage, 0, 0))
+                    built = await fill(staging.path)
                     return await run_to_end(partial(self._publish, staging, image_id, name, built))
             finally:
                 await run_to_end(staging.close)
@@ -149,7 +167,48 @@ class ImageCache:
         """The image of that id, or None if it is missing or damaged. Blocks for some 0.1 ms."""
         if not image_id or "/" in image_id or image_id.startswith("."):
             return None
-        return _read_image(self._directory / image_id)
+        return read_image(self._directory / image_id)
+
+    def find_named(self, name: str) -> CachedImage | None:
+        """The image of that name. Blocks for some 0.1 ms."""
+        image_id = self.names.find(name)
+        return None if image_id is None else self.find(image_id)
+
+    def list_images(self) -> list[CachedImage]:
+        """Every whole image. Blocks for some 0.1 ms an image."""
+        try:
+            entries = sorted(self._directory.iterdir())
+        except FileNotFoundError:
+            return []
+        return list(filter(None, (read_image(e) for e in entries if not e.name.startswith("."))))
+
+    def remove(self, image: CachedImage) -> None:
+        """Remove an image and its names. Blocks.
+
+        Raises WrongState if a VM is being made from it, or holds a hard link to its disk.
+        """
+        record = image.directory / RECORD
+        try:
+            fd = os.open(record, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WrongState(f"A VM is just being made from the image {image.name}") from None
+            if is_linked(image):
+                raise WrongState(f"VMs rest on the image {image.name}")
+            doomed = self._directory / _STAGING / uuid.uuid4().hex
+            doomed.parent.mkdir(exist_ok=True, mode=0o700)
+            # One step, so that nobody finds half an image; a kill leaves the rest to the sweep.
+            image.directory.rename(doomed)
+        finally:
+            os.close(fd)
+        for name, image_id in self.names.read_all().items():
+            if image_id == image.id:
+                self.names.remove(name)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     async def sweep(self) -> int:
         """Remove what killed servers left half made; returns how many there were."""
@@ -173,7 +232,7 @@ class ImageCache:
             number += 1
 
     def _find_first(self, image_id: str) -> CachedImage | None:
-        return next(filter(None, map(_read_image, self._candidates(image_id))), None)
+        return next(filter(None, map(read_image, self._candidates(image_id))), None)
 
     def _import(
         self,
@@ -218,8 +277,9 @@ class ImageCache:
         for file in filter(None, (disk, built.kernel, built.initramfs)):
             file.chmod(0o444)
             sync_file(file)
-        meta = _Meta(name, disk, facts, built.kernel, built.initramfs)
-        write_atomic(staging.path / _META, meta.encode())
+        extra = (built.kernel, built.initramfs, built.about)
+        image = CachedImage(image_id, name, disk, facts, *extra)
+        write_atomic(staging.path / RECORD, encode_record(image))
         for final in self._candidates(image_id):
             try:
                 staging.path.rename(final)
@@ -227,16 +287,16 @@ class ImageCache:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
                 # Another server was quicker, or a damaged image holds the name.
-                if (theirs := _read_image(final)) is not None:
+                if (theirs := read_image(final)) is not None:
                     return theirs
                 continue
             sync_dir(self._directory)
             (final / _LOCK).unlink(missing_ok=True)
             break
-        image = _read_image(final)
-        if image is None:
+        published = read_image(final)
+        if published is None:
             raise LumedError(f"The image {name} was damaged while it was published: {final}")
-        return image
+        return published
 
     def _sweep(self) -> int:
         swept = 0
@@ -282,58 +342,30 @@ class _Staging:
             self._lock = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Meta:
-    """The content of image.json."""
+@contextlib.contextmanager
+def hold_image(image: CachedImage) -> Iterator[None]:
+    """Keep an image from being removed while a VM is made from it, and note its use. Blocks.
 
-    name: str
-    disk: Path
-    facts: DiskFacts
-    kernel: Path | None
-    initramfs: Path | None
-
-    def encode(self) -> bytes:
-        content = {
-            "version": 1,
-            "name": self.name,
-            "disk": self.disk.name,
-            "diskBytes": self.disk.stat().st_size,
-            "format": self.facts.format,
-            "virtualSizeBytes": self.facts.virtual_size_bytes,
-            "firmware": self.facts.firmware,
-            "kernel": self.kernel and self.kernel.name,
-            "initramfs": self.initramfs and self.initramfs.name,
-        }
-        return json.dumps(content, indent=2).encode()
-
-
-def _read_image(directory: Path) -> CachedImage | None:
-    """The image in a directory; None if it is not complete and as it was published."""
+    Raises NotFound if it was removed just now.
+    """
+    record = image.directory / RECORD
     try:
-        content = json.loads((directory / _META).read_bytes())
-        disk = directory / Path(content["disk"]).name
-        found = disk.stat()
-        files = [content[key] and directory / Path(content[key]).name for key in _EXTRA_FILES]
-        if found.st_size != content["diskBytes"] or not all(f is None or f.exists() for f in files):
-            return None
-        return CachedImage(
-            id=directory.name,
-            name=str(content["name"]),
-            disk=disk,
-            facts=DiskFacts(
-                DiskFormat(content["format"]),
-                int(content["virtualSizeBytes"]),
-                found.st_blocks * 512,
-                Firmware(content["firmware"]),
-            ),
-            kernel=files[0],
-            initramfs=files[1],
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        fd = os.open(record, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound(f"The image {image.name} was removed just now", hint="try again") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH)
+        if not record.exists():
+            raise NotFound(f"The image {image.name} was removed just now", hint="try again")
+        os.utime(record)
+        yield
+    finally:
+        os.close(fd)
 
 
-_EXTRA_FILES = ("kernel", "initramfs")
+def is_linked(image: CachedImage) -> bool:
+    """Whether a VM holds a hard link to the disk: of this home or of another."""
+    return image.disk.stat().st_nlink > 1
 
 
 def _identify_file(path: Path) -> tuple[Path, str]:

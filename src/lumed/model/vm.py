@@ -14,6 +14,13 @@ class GuestOs(StrEnum):
     LINUX = "linux"
 
 
+class Architecture(StrEnum):
+    """What a guest's processor is, in the words of registries (Go's GOARCH)."""
+
+    AMD64 = "amd64"
+    ARM64 = "arm64"
+
+
 class VmState(StrEnum):
     """The state words of the API; computed from disk and kernel, never stored.
 

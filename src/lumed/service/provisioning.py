@@ -12,7 +12,8 @@ from lumed.errors import InvalidField, NotPossibleHere
 from lumed.files import check_free_space, expand_path
 from lumed.guest.seed import check_user_data
 from lumed.images.inspect import DiskFacts, inspect_disk
-from lumed.images.local import CachedImage, ImageCache
+from lumed.images.local import ImageCache
+from lumed.images.record import CachedImage
 from lumed.model.request import CreateRequest
 from lumed.model.vm import Firmware, GuestOs, VmConfig
 from lumed.naming import new_mac_address
