@@ -30,6 +30,10 @@ _MAX_BLOB_BYTES = 64 << 40
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
+class ConnectionLost(RegistryFailed):
+    """The connection broke, or nothing came for too long: worth another try at the offset."""
+
+
 @dataclass(frozen=True, slots=True)
 class Descriptor:
     """A blob: digest is "sha256:<hex>", size_bytes its length as it is sent."""
