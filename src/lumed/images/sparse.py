@@ -1,0 +1,112 @@
+"""A disk written as it streams in: zeros stay holes, nothing goes past its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+BLOCK_BYTES = 4096
+# One MiB stays in a core's cache between the decoder and the test for zeros.
+_BUFFER_BYTES = 1 << 20
+_STRIDE_BYTES = 64 << 10
+_ZERO_STRIDE = bytes(_STRIDE_BYTES)
+_ZERO_BLOCK = bytes(BLOCK_BYTES)
+
+
+class TooLong(Exception):
+    """More bytes came than were announced."""
+
+
+class Hasher(Protocol):
+    """What hashlib's objects can do."""
+
+    def update(self, data: memoryview, /) -> None: ...
+
+
+class SparseWriter:
+    """Writes one stream into a new (all zero) file, at each of `offsets`.
+
+    Fill space(), then commit() what was filled; finish() writes the rest. Blocks of 4 KiB that
+    lie aligned on the disk and hold only zeros are left out. Raises TooLong before anything past
+    `limit` bytes is written. Not for several threads at once.
+    """
+
+    def __init__(
+        self, fd: int, offsets: Sequence[int], limit: int, hasher: Hasher | None = None
+    ) -> None:
+        self._fd = fd
+        self._offsets = offsets
+        self._limit = limit
+        self._hasher = hasher
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._fill = 0
+        self._done = 0
+        # The first piece ends early, so that all others begin at a block of the disk.
+        self._until = _BUFFER_BYTES - offsets[0] % BLOCK_BYTES
+
+    @property
+    def count(self) -> int:
+        """The bytes committed so far."""
+        return self._done + self._fill
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+        return self._view[self._fill : self._until]
+
+    def commit(self, count: int) -> None:
+        """Take the first `count` bytes of space()."""
+        self._fill += count
+        if self.count > self._limit:
+            raise TooLong
+        if self._fill == self._until:
+            self._flush()
+
+    def finish(self) -> int:
+        """Write what is left; returns the length of the stream."""
+        self._flush()
+        return self._done
+
+    def _flush(self) -> None:
+        if self._hasher is not None:
+            self._hasher.update(self._view[: self._fill])
+        for start, end in find_data(self._buffer, self._fill, self._offsets[0] + self._done):
+            for offset in self._offsets:
+                self._write(start, end, offset + self._done)
+        self._done += self._fill
+        self._fill = 0
+        self._until = _BUFFER_BYTES
+
+    def _write(self, start: int, end: int, offset: int) -> None:
+        while start < end:
+            start += os.pwrite(self._fd, self._view[start:end], offset + start)
+
+
+def find_data(buffer: bytearray, length: int, disk_offset: int) -> Iterator[tuple[int, int]]:
+    """The runs of the first `length` bytes that are not zero in whole blocks of the disk.
+
+    startswith compares in place (memcmp): 0.1 ms for a MiB of blocks, less for long runs.
+    """
+    run = None
+    at = 0
+    while at < length:
+        end = at + BLOCK_BYTES - (disk_offset + at) % BLOCK_BYTES
+        if end - at == BLOCK_BYTES and at + _STRIDE_BYTES <= length:
+            # Long runs first: mostly a comparison that ends at its first byte.
+            if buffer.startswith(_ZERO_STRIDE, at):
+                end = at + _STRIDE_BYTES
+                zero = True
+            else:
+                zero = buffer.startswith(_ZERO_BLOCK, at)
+        else:
+            end = min(end, length)
+            zero = buffer.startswith(_ZERO_BLOCK[: end - at], at)
+        if zero and run is not None:
+            yield run, at
+            run = None
+        elif not zero and run is None:
+            run = at
+        at = end
+    if run is not None:
+        yield run, length
