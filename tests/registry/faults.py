@@ -36,7 +36,9 @@ from urllib.parse import parse_qs, urlsplit
 _STEP = 64 << 10
 _HELD_S = 60.0
 _BLOB = re.compile(r"/blobs/(sha256:[0-9a-f]{64})")
-_Kind = Literal["cut", "cut upload", "answer", "hold", "flip", "shorten", "no range", "redirect"]
+_Kind = Literal[
+    "cut", "cut upload", "swallow", "answer", "hold", "flip", "shorten", "no range", "redirect"
+]
 
 
 @dataclass(slots=True)
@@ -65,6 +67,7 @@ class _Fault:
     body: bytes = b""
     event: threading.Event | None = None
     reset: bool = False
+    keep: bool = False
 
 
 class FaultProxy:
@@ -79,6 +82,7 @@ class FaultProxy:
         self.noticed = threading.Event()  # set when a fault is taken; for "now it waits"
         self._faults: list[_Fault] = []
         self._lock = threading.Lock()
+        self._moved: dict[str, str] = {}  # uploads that were cut: where they go on
         self._tokens: dict[str, int] | None = None
         self._uses = 0
         self._login: tuple[str, str] | None = None
@@ -114,9 +118,18 @@ class FaultProxy:
         """
         self._add(_Fault("cut", path, times or -1, at=after, reset=reset))
 
-    def cut_upload(self, path: str = "/uploads/", *, after: int, times: int = 1) -> None:
-        """Reset both connections after that many bytes of a request's body (of PATCH, PUT)."""
-        self._add(_Fault("cut upload", path, times or -1, at=after))
+    def swallow(self, path: str, *, times: int = 1) -> None:
+        """Let the registry act, and hang up instead of its answer."""
+        self._add(_Fault("swallow", path, times or -1))
+
+    def cut_upload(
+        self, path: str = "/uploads/", *, after: int, times: int = 1, keep: bool = False
+    ) -> None:
+        """Reset both connections after that many bytes of a request's body (of PATCH, PUT).
+
+        docker-registry then forgets the upload; keep: as a registry that keeps what has come.
+        """
+        self._add(_Fault("cut upload", path, times or -1, at=after, keep=keep))
 
     def answer(
         self,
@@ -195,7 +208,7 @@ class FaultProxy:
                     fits = fits and ranged
                 elif fault.kind == "cut upload":
                     fits = fits and method in ("PATCH", "PUT")
-                elif fault.kind in ("cut", "flip", "shorten"):
+                elif fault.kind in ("flip", "shorten"):
                     fits = fits and method == "GET"
                 if fits and fault.left:
                     fault.left -= 1
@@ -348,16 +361,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, fault: _Fault | None) -> int:
         proxy = self.server.proxy
         upstream = http.client.HTTPConnection(proxy.upstream, timeout=_HELD_S)
+        left = int(self.headers.get("Content-Length") or 0)
+        allowed = fault.at if fault and fault.kind == "cut upload" else left + 1
+        headers = dict(self.headers.items())
+        if fault and fault.kind == "no range":
+            del headers["Range"]
+        if proxy._tokens is not None:
+            headers.pop("Authorization", None)
+        if fault and fault.keep:
+            headers["Content-Length"] = str(allowed)
+            headers.pop("Content-Range", None)
+        session = self.path.partition("?")[0]
         with contextlib.closing(upstream):
-            upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                hidden = fault is not None and fault.kind == "no range" and name == "Range"
-                bearer = proxy._tokens is not None and name == "Authorization"
-                if not hidden and not bearer:
-                    upstream.putheader(name, value)
+            target = proxy._moved.pop(session, self.path)
+            upstream.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                upstream.putheader(name, value)
             upstream.endheaders()
-            left = int(self.headers.get("Content-Length") or 0)
-            allowed = fault.at if fault and fault.kind == "cut upload" else left + 1
             while left and (data := self.rfile.read1(min(left, _STEP, allowed))):
                 upstream.send(data)
                 left -= len(data)
@@ -365,6 +385,9 @@ class _Handler(BaseHTTPRequestHandler):
                 with proxy._lock:
                     proxy.uploaded += len(data)
                 if not allowed:
+                    if fault and fault.keep:
+                        moved = urlsplit(upstream.getresponse().headers["Location"])
+                        proxy._moved[session] = f"{moved.path}?{moved.query}"
                     raise _Cut(reset=True)
             return self._send_back(upstream.getresponse(), fault)
 
@@ -372,6 +395,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = Message()
         for name, value in reply.getheaders():
             headers[name] = value
+        if fault and fault.kind == "swallow":
+            raise _Cut
         length = reply.length or 0
         if fault and fault.kind == "shorten" and reply.status in (200, 206):
             length = min(length, fault.at)

@@ -197,13 +197,13 @@ def running_registry(
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and localhost that is its own authority, and its key."""
+    """A certificate for 127.0.0.1 and registry.example that is its own authority, and its key."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
     subprocess.run(
         [
             *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
-            *("-nodes", "-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
+            *("-nodes", "-days", "2", "-subj", "/CN=lumed tests"),
+            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:registry.example"),
             *("-keyout", str(key), "-out", str(certificate)),
         ],
         check=True,

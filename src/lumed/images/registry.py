@@ -48,6 +48,7 @@ from lumed.images.reference import ImageReference
 MAX_SMALL_BLOB_BYTES = 8 << 20
 _TRIES = 5
 _MOST_REDIRECTS = 5
+_LOGINS = 2  # for one request: a token may run out between its issue and its use
 _LONGEST_RETRY_AFTER_S = 60.0
 _MAX_ERROR_BYTES = 64 << 10
 _MAX_TOKEN_BYTES = 1 << 20
@@ -173,9 +174,9 @@ class Registry:
             _pull_scope(repository),
             headers={"Range": f"bytes={offset}-"} if offset else {},
         )
+        if reply.status not in (200, 206):
+            raise self._refusal(reply, f"{self.host} has no blob {blob.digest} of {repository}")
         try:
-            if reply.status not in (200, 206):
-                raise self._refusal(reply, f"{self.host} has no blob {blob.digest} of {repository}")
             yield BlobStream(reply, blob, offset, self._stop)
         finally:
             self._put_back(reply)
@@ -243,7 +244,7 @@ class Registry:
         report: Callable[[int], None],
     ) -> str:
         """Send it within an upload session, going on where it breaks; where the session is now."""
-        scope, failures, most = _push_scope(repository), 0, sent
+        scope, failures, logins, most = _push_scope(repository), 0, 0, sent
         while True:
             reply: _Reply | None = None
             authorization = self._authorization(scope)
@@ -254,9 +255,13 @@ class Registry:
             else:
                 if reply.status in (201, 202, 204):
                     return urljoin(reply.url, reply.header("Location") or session)
+                if reply.status == 401:
+                    # It took nothing, so the session stands where it stood.
+                    logins += 1
+                    if logins <= _LOGINS and self._log_in(reply, scope, authorization):
+                        continue
                 cause = self._refusal(reply, f"{self.host} has lost the upload")
-                renewed = reply.status == 401 and self._log_in(reply, scope, authorization)
-                if not renewed and reply.status not in (*_BUSY, 404, 416):
+                if reply.status not in (*_BUSY, 404, 416):
                     raise cause
             failures += 1
             if failures == _TRIES:
@@ -267,7 +272,7 @@ class Registry:
             if sent > size:
                 session, sent = self._start_upload(repository), 0
             if sent > most:
-                most, failures = sent, 0
+                most, failures, logins = sent, 0, 0
             report(sent)
 
     def _send_rest(
@@ -286,7 +291,7 @@ class Registry:
             headers["Content-Range"] = f"{sent}-{size - 1}"
         if authorization and origin == self._get_origin():
             headers["Authorization"] = authorization
-        connection = self._take(origin)
+        connection, is_whole = self._take(origin), False
         try:
             # The registry may refuse early and hang up: what it said then counts.
             with contextlib.suppress(ConnectionLost):
@@ -301,12 +306,16 @@ class Registry:
                     connection.send_more(step[:count])
                     sent += count
                     report(sent)
+                is_whole = True
             reply = _Reply(connection, session, connection.receive(quiet_s=_COMMIT_S))
             reply.body = connection.read_some(reply.head, _MAX_ERROR_BYTES)
         except BaseException:
             connection.close()
             raise
-        self._put_back(reply)
+        if is_whole:
+            self._put_back(reply)
+        else:
+            connection.close()
         return reply
 
     def _find_upload(self, session: str, scope: str) -> tuple[str, int] | None:
@@ -394,7 +403,7 @@ class Registry:
                     continue
             elif reply.status == 401 and scope is not None and reply.origin == origin:
                 logins += 1
-                if logins <= 2 and self._log_in(reply, scope, authorization):
+                if logins <= _LOGINS and self._log_in(reply, scope, authorization):
                     continue
             return reply
 
@@ -434,12 +443,7 @@ class Registry:
     ) -> _Reply:
         connection = self._take(origin)
         try:
-            try:
-                connection.send(method, target, headers, body)
-            except ConnectionLost:
-                if not body:
-                    raise
-                # The registry may have refused early: what it said then counts.
+            connection.send(method, target, headers, body)
             reply = _Reply(connection, url, connection.receive(quiet_s=quiet_s))
             encoding = reply.header("Content-Encoding").lower()
             if encoding not in ("", "identity"):
