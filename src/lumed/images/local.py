@@ -33,7 +33,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from lumed.claim import RunLock, take_lock
 from lumed.errors import LumedError, NotFound, WrongState
 from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomic
 from lumed.images.copy import copy_image
@@ -41,10 +40,10 @@ from lumed.images.inspect import find_format, inspect_disk_blocking, open_image,
 from lumed.images.names import ImageNames
 from lumed.images.qcow2 import UnfitImage
 from lumed.images.record import RECORD, CachedImage, encode_record, read_image
+from lumed.images.staging import LOCK, Staging, sweep_staging
 from lumed.model.image import ImageAbout
 from lumed.threads import run_to_end
 
-_LOCK = "owner.lock"
 _STAGING = ".staging"
 _NAMES = ".names"
 # Copies, pulls and pushes: threads of their own, since they last longer than a request.
@@ -154,7 +153,7 @@ class ImageCache:
             found = await asyncio.to_thread(self._find_first, image_id)
             if found is not None:
                 return found
-            staging = _Staging(self._directory / _STAGING)
+            staging = Staging(self._directory / _STAGING)
             try:
                 with full_disk_is_no_space(self._directory, f"make {name}"):
                     await run_to_end(staging.open)
@@ -212,7 +211,7 @@ class ImageCache:
 
     async def sweep(self) -> int:
         """Remove what killed servers left half made; returns how many there were."""
-        return await run_to_end(self._sweep)
+        return await run_to_end(partial(sweep_staging, self._directory / _STAGING))
 
     @contextlib.asynccontextmanager
     async def _single(self, image_id: str) -> AsyncIterator[None]:
@@ -242,7 +241,7 @@ class ImageCache:
         stop: threading.Event,
         report: Callable[[int, int], None],
     ) -> CachedImage:
-        staging = _Staging(self._directory / _STAGING)
+        staging = Staging(self._directory / _STAGING)
         try:
             with (
                 full_disk_is_no_space(self._directory, f"import {path.name}"),
@@ -263,7 +262,7 @@ class ImageCache:
 
     def _publish(
         self,
-        staging: _Staging,
+        staging: Staging,
         image_id: str,
         name: str,
         built: BuiltImage,
@@ -291,55 +290,12 @@ class ImageCache:
                     return theirs
                 continue
             sync_dir(self._directory)
-            (final / _LOCK).unlink(missing_ok=True)
+            (final / LOCK).unlink(missing_ok=True)
             break
         published = read_image(final)
         if published is None:
             raise LumedError(f"The image {name} was damaged while it was published: {final}")
         return published
-
-    def _sweep(self) -> int:
-        swept = 0
-        try:
-            leftovers = list((self._directory / _STAGING).iterdir())
-        except FileNotFoundError:
-            return 0
-        for path in leftovers:
-            # Finished or swept meanwhile; or a stray file, which is not ours.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                lock = take_lock(path / _LOCK)
-                if lock is not None:
-                    shutil.rmtree(path, ignore_errors=True)
-                    lock.close()
-                    swept += 1
-        return swept
-
-
-class _Staging:
-    """A directory for an image being made, with the lock that tells a sweep to leave it alone."""
-
-    def __init__(self, parent: Path) -> None:
-        self._parent = parent
-        self._lock: RunLock | None = None
-        self.path = parent / uuid.uuid4().hex
-
-    def open(self) -> None:
-        """Make the directory."""
-        while self._lock is None:
-            self.path.mkdir(parents=True, mode=0o700)
-            # Another server's sweep may take the directory before we have locked it.
-            with contextlib.suppress(FileNotFoundError):
-                self._lock = take_lock(self.path / _LOCK)
-            if self._lock is None or not (self.path / _LOCK).exists():
-                self.close()
-                self.path = self._parent / uuid.uuid4().hex
-
-    def close(self) -> None:
-        """Remove the directory, unless it was published or never made, and drop the lock."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
 
 @contextlib.contextmanager
