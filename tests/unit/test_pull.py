@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
+import tarfile
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
 
-from lumed.errors import RegistryFailed
+from lumed.errors import NotPossibleHere, RegistryFailed
 from lumed.images.formats.plan import ImagePlan
-from lumed.images.formats.recognise import plan_image
+from lumed.images.formats.recognise import find_config, plan_image
 from lumed.images.oci import Descriptor, Manifest, digest_of
 from lumed.images.pull import drop_blobs, pull_disk
 from lumed.model.vm import Display, GuestOs
+from tests.doubles import apple_lz4
 from tests.doubles.blob_source import MemoryBlobs
 
 LUME_DISK = "application/vnd.trycua.lume.disk.v1"
 LUME_CONFIG = "application/vnd.trycua.lume.config.v1+json"
 SLICE = 256 << 10
+
+gzip_pack = partial(gzip.compress, mtime=0)
 
 
 def make_disk(slices: int, seed: int = 1) -> bytes:
@@ -34,7 +40,8 @@ def make_disk(slices: int, seed: int = 1) -> bytes:
         if at // SLICE != 1:
             piece = chance.randbytes(chance.choice((1, 700, 4096, 20_000)))
             disk[at : at + len(piece)] = piece[: len(disk) - at]
-    disk[SLICE : 2 * SLICE] = bytes(SLICE)
+    if slices > 1:
+        disk[SLICE : 2 * SLICE] = bytes(SLICE)
     return bytes(disk)
 
 
@@ -71,7 +78,7 @@ def lume_layer(
     )
 
 
-def lume_image(blobs: MemoryBlobs, disk: bytes, pack: Any = gzip.compress) -> Manifest:
+def lume_image(blobs: MemoryBlobs, disk: bytes, pack: Any = gzip_pack) -> Manifest:
     total = -(-len(disk) // SLICE)
     slices = [disk[n * SLICE : (n + 1) * SLICE] for n in range(total)]
     layers = [lume_layer(blobs, s, pack(s), n, total) for n, s in enumerate(slices)]
@@ -95,7 +102,7 @@ def pull(blobs: MemoryBlobs, plan: ImagePlan, tmp_path: Path) -> bytes:
 
 @pytest.mark.parametrize(
     "pack",
-    [gzip.compress, zstandard.compress, bytes],
+    [gzip_pack, zstandard.compress, bytes],
     ids=["gzip", "zstd", "raw"],
 )
 def test_lume_slices_become_the_disk(pack: Any, tmp_path: Path) -> None:
@@ -115,3 +122,260 @@ def test_wrong_bytes_are_told_by_their_digest(tmp_path: Path) -> None:
     blobs.blobs[digest] = blobs.blobs[digest][:-20] + b"x" * 20
     with pytest.raises(RegistryFailed, match=digest):
         pull(blobs, plan, tmp_path)
+
+
+LZ4 = "application/octet-stream+lz4"
+TAR = "application/vnd.oci.image.layer.v1.tar"
+OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
+
+
+def retype(blob: Descriptor, media_type: str, **annotations: str) -> Descriptor:
+    names = {key.replace("__", ".").replace("_", "-"): text for key, text in annotations.items()}
+    return Descriptor(media_type, blob.digest, blob.size_bytes, names)
+
+
+def slices_of(disk: bytes) -> list[bytes]:
+    return [disk[at : at + SLICE] for at in range(0, len(disk), SLICE)]
+
+
+@pytest.mark.parametrize("annotated", [True, False], ids=["sizes told", "sizes untold"])
+def test_lume_legacy_parts_follow_each_other(annotated: bool, tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(4)[:-3000]
+    layers = []
+    for piece in slices_of(disk):
+        notes = {
+            "org__trycua__lume__uncompressed_size": str(len(piece)),
+            "org__trycua__lume__uncompressed_content_digest": digest_of(piece),
+        }
+        layers.append(retype(blobs.add(apple_lz4.pack(piece)), LZ4, **(notes if annotated else {})))
+    config = blobs.add(b'{"os": "linux", "cpuCount": 2, "memorySize": "x", "display": "800x600"}')
+    layers.append(retype(config, OCI_CONFIG, org__opencontainers__image__title="config.json"))
+    manifest = manifest_of(layers, org__trycua__lume__uncompressed_disk_size=str(len(disk)))
+    assert find_config(manifest).digest == config.digest
+    plan = plan_image(manifest, blobs.get_blob(find_config(manifest)))
+    assert (plan.cpu_count, plan.memory_bytes, plan.display) == (2, None, Display(800, 600))
+    assert pull(blobs, plan, tmp_path) == disk
+    assert b"LUME_TEST_PATTERN" not in disk
+
+
+def test_a_legacy_disk_in_one_piece_is_unpacked(tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(2)
+    layer = retype(blobs.add(gzip_pack(disk)), "application/octet-stream+gzip")
+    assert pull(blobs, plan_image(manifest_of([layer]), b"{}"), tmp_path) == disk
+
+
+def test_raw_parts_with_numbers_in_their_types(tmp_path: Path) -> None:
+    # The second part begins like a gzip stream, and is none.
+    blobs, disk = MemoryBlobs(), bytearray(make_disk(3))
+    disk[SLICE : SLICE + 3] = b"\x1f\x8b\x08"
+    layers = [
+        retype(blobs.add(piece), f"{TAR}{'+lzfse' if n == 2 else ''};part.number={n};part.total=3")
+        for n, piece in enumerate(slices_of(bytes(disk)), start=1)
+    ]
+    assert pull(blobs, plan_image(manifest_of(layers[::-1]), b"{}"), tmp_path) == disk
+    with pytest.raises(RegistryFailed, match="not part 2"):
+        plan_image(manifest_of([layers[0], layers[2]]), b"{}")
+
+
+def test_the_qemu_format_counts_from_one(tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(3)
+    layers = [
+        retype(
+            blobs.add(gzip_pack(piece)),
+            "application/vnd.trycua.qemu.disk.v1+gzip",
+            org__trycua__qemu__part__number=str(n),
+            org__trycua__qemu__part__total="3",
+            org__trycua__qemu__uncompressed_size=str(len(piece)),
+        )
+        for n, piece in enumerate(slices_of(disk), start=1)
+    ]
+    told = {"guest_os": "linux", "cpu": 4, "ram_mb": 2048, "architecture": "x86_64", "display": 7}
+    plan = plan_image(manifest_of(layers[::-1]), json.dumps(told).encode())
+    assert (plan.architecture, plan.cpu_count, plan.memory_bytes) == ("amd64", 4, 2 << 30)
+    assert plan.display is None
+    assert pull(blobs, plan, tmp_path) == disk
+    with pytest.raises(NotPossibleHere, match="windows"):
+        plan_image(manifest_of(layers), b'{"guest_os": "windows"}')
+
+
+def tart_image(blobs: MemoryBlobs, disk: bytes, **told: object) -> Manifest:
+    prefix = "org__cirruslabs__tart__uncompressed_"
+    layers = [
+        retype(
+            blobs.add(apple_lz4.pack(piece)),
+            "application/vnd.cirruslabs.tart.disk.v2",
+            **{f"{prefix}size": str(len(piece)), f"{prefix}content_digest": digest_of(piece)},
+        )
+        for piece in slices_of(disk)
+    ]
+    config = blobs.add(json.dumps(told).encode())
+    layers.insert(0, retype(config, "application/vnd.cirruslabs.tart.config.v1"))
+    return manifest_of(layers, None, **{f"{prefix}disk_size": str(len(disk))})
+
+
+def test_a_tart_image_is_read(tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(3)
+    manifest = tart_image(
+        blobs,
+        disk,
+        os="darwin",
+        arch="arm64",
+        cpuCount=4,
+        memorySize=8 << 30,
+        display={"width": 1024, "height": 768},
+    )
+    plan = plan_image(manifest, blobs.get_blob(find_config(manifest)))
+    assert (plan.os, plan.architecture, plan.cpu_count) == (GuestOs.MACOS, "arm64", 4)
+    assert (plan.memory_bytes, plan.display) == (8 << 30, Display(1024, 768))
+    assert pull(blobs, plan, tmp_path) == disk
+
+
+def make_tar(*members: tuple[str, bytes] | tarfile.TarInfo, **options: Any) -> bytes:
+    """A tar archive of files by path, or of members without content."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", **options) as archive:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                archive.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                archive.addfile(info, io.BytesIO(member[1]))
+    return file.getvalue()
+
+
+def tar_member(name: str, kind: bytes, **fields: object) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    for key, value in fields.items():
+        setattr(info, key, value)
+    return info
+
+
+def container_image(blobs: MemoryBlobs, *layers: bytes) -> Manifest:
+    config = Descriptor(OCI_CONFIG, digest_of(b"{}"), 2)
+    return manifest_of([retype(blobs.add(layer), TAR + "+gzip") for layer in layers], config)
+
+
+CONTAINER_CONFIG = b'{"architecture": "arm64", "os": "linux"}'
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip_pack, zstandard.compress])
+@pytest.mark.parametrize("style", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_the_file_in_disk_is_the_disk_of_a_container(pack: Any, style: int, tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(3)[:-512]
+    other = ("etc/passwd", b"x" * 700)
+    folder = tar_member("disk/", tarfile.DIRTYPE)
+    layer = (
+        make_tar(other, folder, (f"./disk/{'long' * 30}.img", disk), other, format=style)
+        if (style != tarfile.USTAR_FORMAT)
+        else make_tar(other, folder, ("disk/disk.img", disk), other, format=style)
+    )
+    manifest = container_image(blobs, pack(make_tar(other)), pack(layer), pack(make_tar(other)))
+    plan = plan_image(manifest, CONTAINER_CONFIG)
+    assert (plan.architecture, plan.os) == ("arm64", GuestOs.LINUX)
+    assert pull(blobs, plan, tmp_path) == disk
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ([("disk/a", b"1"), ("disk/b", b"2")], "more than one file"),
+        ([("etc/passwd", b"1")], "no file in disk/"),
+        ([("disk/../../etc/passwd", b"1")], "path"),
+        ([("/disk/a", b"1")], "path"),
+        ([tar_member("disk/a", tarfile.SYMTYPE, linkname="/etc/shadow")], "no plain file"),
+        ([tar_member("disk/a", tarfile.LNKTYPE, linkname="etc/shadow")], "no plain file"),
+        ([tar_member("disk/a", tarfile.CHRTYPE)], "no plain file"),
+        ([tar_member("disk", tarfile.SYMTYPE, linkname="/etc")], "no directory"),
+        ([tar_member("disk/a", tarfile.REGTYPE, pax_headers={"size": "9" * 15})], "bytes"),
+        ([tar_member("disk/a", tarfile.REGTYPE, pax_headers={"GNU.sparse.major": "1"})], "plain"),
+        ([tar_member("x", tarfile.XHDTYPE, size=1 << 32)], "header of"),
+    ],
+)
+def test_a_container_layer_that_is_not_right_is_refused(
+    members: list[Any], words: str, tmp_path: Path
+) -> None:
+    blobs = MemoryBlobs()
+    manifest = container_image(blobs, make_tar(*members, format=tarfile.PAX_FORMAT))
+    with pytest.raises(RegistryFailed, match=words):
+        pull(blobs, plan_image(manifest, CONTAINER_CONFIG), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [700, 512 + 300_000, 100])
+def test_a_tar_that_is_cut_off_is_told(keep: int, tmp_path: Path) -> None:
+    blobs = MemoryBlobs()
+    layer = make_tar(("disk/a", make_disk(2)))[:keep]
+    with pytest.raises(RegistryFailed, match="cut off"):
+        pull(blobs, plan_image(container_image(blobs, layer), CONTAINER_CONFIG), tmp_path)
+
+
+def test_an_unknown_format_names_its_types() -> None:
+    layer = Descriptor("application/vnd.wasm.content.layer.v1+wasm", digest_of(b""), 0)
+    with pytest.raises(RegistryFailed, match=r"vnd\.wasm\.content"):
+        plan_image(manifest_of([layer]), b"{}")
+
+
+@pytest.mark.parametrize("pack", [gzip_pack, zstandard.compress, apple_lz4.pack])
+@pytest.mark.parametrize("cut", [1, 9, 200, 20_000])
+def test_a_stream_that_is_cut_off_is_told(pack: Any, cut: int, tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(1)
+    packed = pack(disk)
+    layer = retype(blobs.add(packed[:-cut]), LUME_DISK)
+    with pytest.raises(RegistryFailed, match=r"damaged.*(cut off|damaged|unpacks)"):
+        pull(blobs, plan_image(manifest_of([layer]), b"{}"), tmp_path)
+
+
+@pytest.mark.parametrize("pack", [gzip_pack, zstandard.compress, apple_lz4.pack, bytes])
+@pytest.mark.parametrize("more", [-1, 1, 5 << 20])
+def test_a_part_that_is_longer_or_shorter_than_told_is_refused(
+    pack: Any, more: int, tmp_path: Path
+) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(2)
+    second = disk[SLICE:] + bytes(more) if more > 0 else disk[SLICE:more]
+    layers = [
+        lume_layer(blobs, disk[:SLICE], pack(disk[:SLICE]), 0, 2),
+        lume_layer(blobs, disk[SLICE:], pack(second), 1, 2),
+    ]
+    with pytest.raises(RegistryFailed, match="announced"):
+        pull(blobs, plan_image(manifest_of(layers), b"{}"), tmp_path)
+    assert (tmp_path / "disk").stat().st_size <= len(disk)
+
+
+@pytest.mark.parametrize("pack", [gzip_pack, apple_lz4.pack, bytes])
+def test_content_that_is_not_what_was_told_is_refused(pack: Any, tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(1)
+    layer = lume_layer(blobs, disk, pack(disk[::-1]), 0, 1)
+    with pytest.raises(RegistryFailed, match="content"):
+        pull(blobs, plan_image(manifest_of([layer]), b"{}"), tmp_path)
+
+
+def test_a_blob_in_several_parts_is_fetched_once(tmp_path: Path) -> None:
+    blobs = MemoryBlobs()
+    disk = make_disk(1) + bytes(3 * SLICE) + make_disk(1)
+    plan = plan_image(lume_image(blobs, disk), b"{}")
+    assert pull(blobs, plan, tmp_path) == disk
+    assert len(blobs.requests) == len(set(blobs.requests)) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda notes: notes.pop("org.trycua.lume.part.number"), "not part 1"),
+        (lambda notes: notes.update({"org.trycua.lume.part.number": "0"}), "not part 1"),
+        (lambda notes: notes.update({"org.trycua.lume.part.total": "4"}), "not part 3"),
+        (lambda notes: notes.update({"org.trycua.lume.part.number": "one"}), "a number"),
+        (lambda notes: notes.update({"org.trycua.lume.part.offset": str(2 * SLICE)}), "ends"),
+        (
+            lambda notes: notes.update({"org.trycua.lume.content.uncompressed-size": "1" * 18}),
+            "64 TB",
+        ),
+        (lambda notes: notes.update({"org.trycua.lume.content.uncompressed-size": "7"}), "ends"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(change: Any, words: str) -> None:
+    blobs = MemoryBlobs()
+    manifest = lume_image(blobs, make_disk(3, seed=4))
+    change(manifest.layers[1].annotations)
+    with pytest.raises(RegistryFailed, match=words):
+        plan_image(manifest, b"{}")

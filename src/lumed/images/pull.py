@@ -12,9 +12,11 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from lumed.errors import RegistryFailed
 from lumed.files import check_free_space, full_disk_is_no_space
@@ -42,6 +44,7 @@ from lumed.images.formats.plan import Compression, DiskPart, ImagePlan
 from lumed.images.oci import Descriptor
 from lumed.images.qcow2 import MAX_VIRTUAL_BYTES
 from lumed.images.sparse import SparseWriter, TooLong
+from lumed.images.tar import TarDisk
 
 __all__ = [
     "BlobSource",
@@ -55,6 +58,7 @@ __all__ = [
 _BLOBS_AT_ONCE = 2
 _REPORT_EVERY_S = 0.1
 
+T = TypeVar("T")
 Report = Callable[[int, int], None]
 
 
@@ -128,21 +132,27 @@ class _Pull:
     ) -> None:
         self._source = source
         self._plan = plan
+        self._blobs = blobs
         self._fd = fd
         self._stop = stop
         self._failure: BaseException | None = None
         self._report = report
-        self._files = {
-            blob.digest: BlobFile(blob, get_blob_path(blobs, blob), self._check)
-            for blob in plan.blobs
-        }
+        self._files: dict[str, BlobFile] = {}
         self._total = sum(blob.size_bytes for blob in plan.blobs)
         self._reported_at = 0.0
         self._reporting = threading.Lock()
         self._wide_window = threading.Lock()
 
     def run(self) -> None:
-        self._run_placed()
+        try:
+            if self._plan.in_tar:
+                self._run_tar()
+            elif any(part.offset is None for part in self._plan.parts):
+                self._run_in_order()
+            else:
+                self._run_placed()
+        except BaseException as error:
+            self._fail(error)
         if self._stop.is_set():
             raise Stopped
         if self._failure is not None:
@@ -155,70 +165,111 @@ class _Pull:
         for part in self._plan.parts:
             uses.setdefault(part.blob.digest, []).append(part)
         with ThreadPoolExecutor(_BLOBS_AT_ONCE, thread_name_prefix="unpack") as pool:
-            jobs = [pool.submit(self._take_blob, parts) for parts in uses.values()]
+            jobs = [pool.submit(self._take_blob, blob_parts) for blob_parts in uses.values()]
             try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException as error:
-                self._fail(error)
+                ends = [job.result() for job in as_completed(jobs)]
+            except BaseException:
                 pool.shutdown(cancel_futures=True)
+                raise
+        os.ftruncate(self._fd, max(ends))  # zeros at the end were not written
+
+    def _run_in_order(self) -> None:
+        """Some offset is known only once the parts before are unpacked."""
+        at = 0
+        for part in self._plan.parts:
+            at = self._take_blob([replace(part, offset=at)])
+        os.ftruncate(self._fd, at)
+        if self._plan.disk_bytes not in (None, at):
+            raise RegistryFailed(
+                f"The image's disk has {at} bytes and should have {self._plan.disk_bytes}"
+            )
+
+    def _run_tar(self) -> None:
+        if not any(self._use_blob(part.blob, self._unpack_tar) for part in self._plan.parts):
+            raise RegistryFailed(
+                "The image has no file in disk/, so it is no container disk",
+                hint="lumed runs disks of machines; a container's image has none",
+            )
 
     def _take_blob(self, parts: Sequence[DiskPart]) -> int:
-        """Fetch one blob and unpack it to each of its places; returns its unpacked length."""
-        file = self._files[parts[0].blob.digest]
-        with file.open() as fd:
-            fetcher = threading.Thread(target=self._fetch, args=(file,), name="fetch")
-            fetcher.start()
-            try:
+        """Fetch one blob and unpack it to each of its places; returns where the last one ends."""
+        return self._use_blob(parts[0].blob, lambda file, fd: self._unpack_parts(file, fd, parts))
+
+    def _use_blob(self, blob: Descriptor, unpack: Callable[[BlobFile, int], T]) -> T:
+        """Unpack a blob while it is fetched; returns once both are done and right."""
+        # Anew for each use: between two of them somebody may have removed the file.
+        file = BlobFile(blob, get_blob_path(self._blobs, blob), self._check)
+        self._files[blob.digest] = file
+        try:
+            with file.open() as fd:
+                fetcher = threading.Thread(target=self._fetch, args=(file,), name="fetch")
+                fetcher.start()
                 try:
-                    return self._unpack(file, fd, parts)
+                    return unpack(file, fd)
                 except (BadData, TooLong) as error:
                     file.wait_complete()  # if the bytes were wrong, that is the error
-                    raise _refuse(parts[0].blob, error) from error
-            except BaseException as error:
-                self._fail(error)
-                raise
-            finally:
-                fetcher.join()
+                    raise _refuse(blob, error) from error
+                except BaseException as error:
+                    self._fail(error)  # now, so that the fetcher ends
+                    raise
+                finally:
+                    fetcher.join()
+        except BaseException as error:
+            self._fail(error)
+            raise
 
     def _fetch(self, file: BlobFile) -> None:
         with contextlib.suppress(BaseException):  # the reader of the file raises it
             file.fetch(self._source, self._moved)
 
-    def _unpack(self, file: BlobFile, fd: int, parts: Sequence[DiskPart]) -> int:
+    @contextlib.contextmanager
+    def _open_content(
+        self, file: BlobFile, fd: int, compression: Compression | None
+    ) -> Iterator[tuple[Decoder, Compression]]:
+        """The unpacked content of a blob; leaving it waits until the whole blob is verified."""
+        file.wait_readable(HEAD_BYTES)
+        head = os.pread(fd, HEAD_BYTES, 0)
+        kind = compression or find_compression(head)
+        is_wide = kind is Compression.ZSTD and read_window(head) > USUAL_WINDOW_BYTES
+        # One wide window at a time, or several blobs take more memory than a pull should.
+        with self._wide_window if is_wide else contextlib.nullcontext():
+            window = MAX_WINDOW_BYTES if is_wide else USUAL_WINDOW_BYTES
+            yield open_decoder(file.open_reader(), kind, window), kind
+        file.wait_complete()
+        if kind is Compression.ZSTD:
+            check_zstd_end(fd, file.blob.size_bytes)
+
+    def _unpack_parts(self, file: BlobFile, fd: int, parts: Sequence[DiskPart]) -> int:
         told = {(part.size_bytes, part.content_digest) for part in parts}
         if len(told) > 1:
             raise BadData("its parts are to have different contents")
         size, digest = told.pop()
         offsets = [part.offset or 0 for part in parts]
-        file.wait_readable(HEAD_BYTES)
-        head = os.pread(fd, HEAD_BYTES, 0)
-        compression = parts[0].compression or find_compression(head)
-        hasher = hashlib.sha256() if digest and compression is not Compression.ZSTD else None
         limit = MAX_VIRTUAL_BYTES - max(offsets) if size is None else size
-        writer = SparseWriter(self._fd, offsets, limit, hasher)
-        window = USUAL_WINDOW_BYTES
-        if compression is Compression.ZSTD and read_window(head) > window:
-            with self._wide_window:
-                decoder = open_decoder(file.open_reader(), compression, MAX_WINDOW_BYTES)
-                self._copy(decoder, writer)
-                del decoder
-        else:
-            self._copy(open_decoder(file.open_reader(), compression, window), writer)
-        count = writer.finish()
-        file.wait_complete()
-        if compression is Compression.ZSTD:
-            check_zstd_end(fd, file.blob.size_bytes)
+        with self._open_content(file, fd, parts[0].compression) as (decoder, kind):
+            hasher = hashlib.sha256() if digest and kind is not Compression.ZSTD else None
+            count = self._copy(decoder, SparseWriter(self._fd, offsets, limit, hasher))
         if size is not None and count != size:
             raise BadData(f"it unpacks to {count} bytes and not to the {size} that were announced")
         if hasher is not None and f"sha256:{hasher.hexdigest()}" != digest:
             raise BadData(f"its content is not {digest}, as was announced")
-        return count
+        return max(offsets) + count
 
-    def _copy(self, decoder: Decoder, writer: SparseWriter) -> None:
+    def _unpack_tar(self, file: BlobFile, fd: int) -> bool:
+        with self._open_content(file, fd, None) as (decoder, _):
+            archive = TarDisk(decoder)
+            size = archive.find()
+            if size is not None:
+                os.ftruncate(self._fd, size)
+                self._copy(archive, SparseWriter(self._fd, [0], size))
+            archive.check_rest()
+        return size is not None
+
+    def _copy(self, decoder: Decoder, writer: SparseWriter) -> int:
         while count := decoder.readinto(writer.space()):
             writer.commit(count)
             self._check()
+        return writer.finish()
 
     def _check(self) -> None:
         if self._stop.is_set() or self._failure is not None:
@@ -235,7 +286,7 @@ class _Pull:
             if now - self._reported_at < _REPORT_EVERY_S:
                 return
             self._reported_at = now
-            self._report(sum(file.done_bytes for file in self._files.values()), self._total)
+            self._report(sum(file.done_bytes for file in list(self._files.values())), self._total)
 
 
 def _refuse(blob: Descriptor, error: Exception) -> RegistryFailed:
