@@ -77,4 +77,4 @@ class MemoryBlobs:
     def _count(self, count: int) -> None:
         with self._lock:
             self.sent_bytes += count
-        self.on_read()
+            self.on_read()
