@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
+import os
 import random
+import struct
 import tarfile
 import threading
 from functools import partial
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from lumed.errors import NotPossibleHere, RegistryFailed
+from lumed.errors import NoSpace, NotPossibleHere, RegistryFailed
 from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import find_config, plan_image
 from lumed.images.oci import Descriptor, Manifest, digest_of
@@ -116,11 +119,12 @@ def test_lume_slices_become_the_disk(pack: Any, tmp_path: Path) -> None:
 
 
 def test_wrong_bytes_are_told_by_their_digest(tmp_path: Path) -> None:
-    blobs, disk = MemoryBlobs(), make_disk(3)
+    # In small pieces and wrong from the start, so that the unpacking fails first.
+    blobs, disk = MemoryBlobs(piece_bytes=500), make_disk(3)
     plan = plan_image(lume_image(blobs, disk), b"{}")
     digest = plan.parts[0].blob.digest
-    blobs.blobs[digest] = blobs.blobs[digest][:-20] + b"x" * 20
-    with pytest.raises(RegistryFailed, match=digest):
+    blobs.blobs[digest] = blobs.blobs[digest][:20] + bytes(20) + blobs.blobs[digest][40:]
+    with pytest.raises(RegistryFailed, match=f"wrong bytes for the blob {digest}"):
         pull(blobs, plan, tmp_path)
 
 
@@ -308,6 +312,63 @@ def test_a_tar_that_is_cut_off_is_told(keep: int, tmp_path: Path) -> None:
     layer = make_tar(("disk/a", make_disk(2)))[:keep]
     with pytest.raises(RegistryFailed, match="cut off"):
         pull(blobs, plan_image(container_image(blobs, layer), CONTAINER_CONFIG), tmp_path)
+
+
+def test_a_wide_zstd_window_is_taken_and_an_absurd_one_is_not(tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(3)
+    for window_log, fits in ((27, True), (28, False)):
+        settings = zstandard.ZstdCompressionParameters(window_log=window_log)
+        wide = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+        layer = retype(blobs.add(wide.compress(disk) + wide.flush()), LUME_DISK)
+        plan = plan_image(manifest_of([layer]), b"{}")
+        if fits:
+            assert pull(blobs, plan, tmp_path) == disk
+        else:
+            with pytest.raises(RegistryFailed, match="memory"):
+                pull(blobs, plan, tmp_path)
+
+
+def test_several_frames_and_members_are_one_stream(tmp_path: Path) -> None:
+    blobs, disk = MemoryBlobs(), make_disk(3)
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    checked = zstandard.ZstdCompressor(write_checksum=True).compress
+    for packed in (
+        skippable + checked(disk[:1000]) + checked(b"") + zstandard.compress(disk[1000:]),
+        zstandard.compress(disk) + skippable,
+        gzip_pack(disk[:1000]) + gzip_pack(disk[1000:]),
+    ):
+        layer = retype(blobs.add(packed), LUME_DISK)
+        assert pull(blobs, plan_image(manifest_of([layer]), b"{}"), tmp_path) == disk
+
+
+def test_an_absurd_lz4_block_is_refused(tmp_path: Path) -> None:
+    blobs = MemoryBlobs()
+    for packed, words in (
+        (b"bv41" + struct.pack("<II", 1 << 31, 8) + bytes(8), "16 MiB"),
+        (b"bv4-" + struct.pack("<I", 1 << 31), "16 MiB"),
+        (b"bv41" + struct.pack("<II", 100, 8) + b"\xff" * 8, "LZ4"),
+        (b"bv4?", "unknown kind"),
+        (b"bv4$" + b"x", "after its end"),
+    ):
+        layer = retype(blobs.add(packed), LZ4)
+        with pytest.raises(RegistryFailed, match=words):
+            pull(blobs, plan_image(manifest_of([layer]), b"{}"), tmp_path)
+
+
+@pytest.mark.parametrize("where", ["disk", "blob"])
+def test_a_disk_that_runs_full_is_told(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, write = MemoryBlobs(), os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if (Path(f"/proc/self/fd/{fd}").readlink().name == "disk") == (where == "disk"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(NoSpace, match="disk" if where == "disk" else "blobs"):
+        pull(blobs, plan_image(lume_image(blobs, make_disk(3)), b"{}"), tmp_path)
 
 
 def test_an_unknown_format_names_its_types() -> None:
