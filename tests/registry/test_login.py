@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,10 +132,10 @@ def test_a_token_is_not_used_after_the_time_it_was_given_for(proxy: FaultProxy, 
     proxy.ask_token(expires_in=60)
     with connect(proxy.host) as client:
         client.get_manifest(refer(proxy.host), ["amd64"])
-        (token,) = client._tokens.values()
+        (token,) = client._http._tokens.values()
         # As if the minute were over.
-        client._tokens = {
-            scope: type(token)(token.value, token.good_until - 60) for scope in client._tokens
+        client._http._tokens = {
+            scope: type(token)(token.value, token.good_until - 60) for scope in client._http._tokens
         }
         client.get_manifest(refer(proxy.host), ["amd64"])
     assert proxy.count("GET", "/token") == 2
@@ -171,6 +172,32 @@ def test_a_challenge_without_a_server_is_refused(proxy: FaultProxy, realm: str) 
     proxy.answer("/manifests/", 401, times=0, headers=headers)
     with connect(proxy.host) as client, pytest.raises(RegistryFailed, match="which is no URL"):
         client.get_manifest(refer(proxy.host), ["amd64"])
+
+
+@pytest.mark.parametrize("where", ["http://[/", "http://a:port/", "file:///etc/passwd"])
+def test_a_redirect_to_what_is_no_url_is_refused(proxy: FaultProxy, where: str) -> None:
+    proxy.answer("/blobs/", 307, headers={"Location": where})
+    with connect(proxy.host) as client, pytest.raises(RegistryFailed, match="which is no URL"):
+        read_all(client)
+
+
+def test_no_password_goes_to_a_foreign_host_without_encryption(proxy: FaultProxy) -> None:
+    headers = {"WWW-Authenticate": 'Bearer realm="http://registry.example/token"'}
+    proxy.answer("/manifests/", 401, times=0, headers=headers)
+    with (
+        connect(proxy.host, credentials=LOGIN) as client,
+        pytest.raises(RegistryFailed, match=r"registry\.example without encryption"),
+    ):
+        client.get_manifest(refer(proxy.host), ["amd64"])
+
+
+def test_threads_share_a_client_and_its_tokens(proxy: FaultProxy, image: str) -> None:
+    proxy.ask_token(uses=2)
+    for after in (0, 1, 1_000_000, 2_999_999):
+        proxy.cut(after=after)
+    with connect(proxy.host) as client, ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(read_with_resume, client, 20) for _ in range(8)]
+        assert all(future.result() == BLOB for future in found)
 
 
 def test_an_identity_token_is_traded_for_a_token(proxy: FaultProxy, image: str) -> None:
@@ -281,4 +308,6 @@ def test_tls_is_spoken_with_who_is_known(
 def test_a_login_is_in_no_message_and_no_repr(proxy: FaultProxy) -> None:
     login = Credentials("user", "geheim-1", "geheim-2")
     with connect(proxy.host, credentials=login) as client:
-        assert "geheim" not in repr(login) + repr(client) + repr(vars(client))
+        assert "geheim" not in repr(login) + repr(client) + repr(vars(client)) + repr(
+            vars(client._http)
+        )

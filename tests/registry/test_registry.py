@@ -88,7 +88,7 @@ def test_one_connection_serves_one_request_after_the_other(proxy: FaultProxy, im
         client.get_blob(REPOSITORY, manifest.config)
         read_all(client)
         read_all(client)
-        assert len(client._idle) == 1
+        assert len(client._http._idle) == 1
     # And what finds out that it is plain HTTP is one request.
     assert proxy.count("GET", "") == 5
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from lumed.errors import RegistryFailed
 from lumed.images.copy import Stopped
@@ -85,6 +85,16 @@ def parse_url(url: str) -> tuple[Origin, str]:
         raise RegistryFailed(f"The registry names {url.partition('?')[0]!r:.120}, which is no URL")
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Origin(parts.scheme, host, port or _PORTS[parts.scheme]), target
+
+
+def join_url(base: str, url: str) -> str:
+    """A URL that a server gave, made absolute. Raises RegistryFailed."""
+    try:
+        return urljoin(base, url)
+    except ValueError:
+        raise RegistryFailed(
+            f"The registry names {url.partition('?')[0]!r:.120}, which is no URL"
+        ) from None
 
 
 class NoTls(RegistryFailed):
