@@ -13,6 +13,7 @@ import tarfile
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,15 @@ import pytest
 from lumed.errors import InvalidField, NoSpace, RegistryFailed, ToolFailed
 from lumed.images import push
 from lumed.images.copy import Stopped
+from lumed.images.formats.recognise import plan_image
 from lumed.images.gzipper import Gzipper
 from lumed.images.manifests import PushSource
 from lumed.images.oci import OCI_MANIFEST
+from lumed.images.pull import pull_disk
 from lumed.images.push import PushFormat, push_image
 from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry
-from lumed.model.vm import Display, Firmware, GuestOs
+from lumed.model.vm import Architecture, Display, Firmware, GuestOs
 from lumed.osproc import find_process, wait_gone
 from tests.registry.faults import FaultProxy
 from tests.registry.world import RunningRegistry
@@ -160,7 +163,7 @@ def vm(disk: Path, **changes: Any) -> PushSource:
         "memory_bytes": 2 << 30,
         "display": Display(800, 600),
         "network": "nat",
-        "architecture": "amd64",
+        "architecture": Architecture.AMD64,
         "firmware": Firmware.BIOS,
         "uefi_vars": None,
     }
@@ -204,6 +207,36 @@ def test_a_lume_image_says_what_lume_needs_to_pull_it(world: World, disk: Path) 
     assert first["mediaType"] == "application/vnd.trycua.lume.disk.v1"
     assert first["annotations"]["org.opencontainers.image.title"] == "disk.img.part.0"
     assert first["annotations"][f"{LUME}.chunk.size"] == str(CHUNK)
+
+
+class Pulled:
+    """What pull_disk needs of a registry: the blobs of one repository."""
+
+    def __init__(self, client: Registry, repository: str) -> None:
+        self.get_blob = partial(client.get_blob, repository)
+        self.open_blob = partial(client.open_blob, repository)
+
+
+@pytest.mark.parametrize("single_layer", [False, True])
+def test_what_was_pushed_is_pulled_byte_for_byte(
+    world: World, disk: Path, tmp_path: Path, single_layer: bool
+) -> None:
+    world.push(vm(disk), single_layer=single_layer)
+    with Registry(world.proxy.host) as client:
+        source = Pulled(client, world.repository)
+        manifest = client.get_manifest(world.refer("1"), ["arm64"])
+        plan = plan_image(manifest, client.get_blob(world.repository, manifest.config))
+        assert (plan.architecture, plan.cpu_count) == ("amd64", 3)
+        assert (plan.memory_bytes, plan.display) == (2 << 30, Display(800, 600))
+        pull_disk(
+            source,
+            plan,
+            tmp_path / "blobs",
+            tmp_path / "pulled",
+            stop=world.stop,
+            report=lambda *_: None,
+        )
+    assert (tmp_path / "pulled").read_bytes() == (disk.parent / "raw").read_bytes()
 
 
 def test_a_disk_in_one_layer_has_no_part_keys(world: World, disk: Path) -> None:
@@ -347,9 +380,10 @@ from lumed.images.manifests import PushSource
 from lumed.images.push import PushFormat, push_image
 from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry
-from lumed.model.vm import Display, Firmware, GuestOs
+from lumed.model.vm import Architecture, Display, Firmware, GuestOs
 host, repository, disk, work, records = sys.argv[1:]
-source = PushSource(Path(disk), GuestOs.LINUX, 1, 1, Display(), "nat", "amd64", Firmware.BIOS, None)
+source = PushSource(Path(disk), GuestOs.LINUX, 1, 1, Display(), "nat", Architecture.AMD64,
+    Firmware.BIOS, None)
 with Registry(host) as client:
     push_image(client, [ImageReference(host, repository, tag="1")], source, format=PushFormat.LUME,
         work=Path(work), records=Path(records), stop=threading.Event(), report=lambda *_: None,
@@ -426,7 +460,8 @@ def test_a_stopped_push_ends_at_once_and_leaves_nothing(world: World, disk: Path
 def test_a_container_disk_is_read_by_skopeo_and_holds_the_disk(
     world: World, disk: Path, tmp_path: Path
 ) -> None:
-    digest = world.push(vm(disk, architecture="arm64"), format=PushFormat.CONTAINER_DISK)
+    source = vm(disk, architecture=Architecture.ARM64)
+    digest = world.push(source, format=PushFormat.CONTAINER_DISK)
     name = f"docker://{world.registry.host}/{world.repository}:1"
     inspected = world.skopeo("inspect", "--tls-verify=false", name)
     said = json.loads(inspected.stdout)
@@ -453,7 +488,7 @@ def test_a_container_disk_is_read_by_skopeo_and_holds_the_disk(
     qemu_img("convert", "-f", "qcow2", "-O", "raw", flat, tmp_path / "content")
     assert (tmp_path / "content").read_bytes() == (disk.parent / "raw").read_bytes()
     # And pushed again, it is the same image.
-    assert world.push(vm(disk, architecture="arm64"), format=PushFormat.CONTAINER_DISK) == digest
+    assert world.push(source, format=PushFormat.CONTAINER_DISK) == digest
 
 
 def test_skopeo_reads_a_lume_image_as_the_artifact_it_is(

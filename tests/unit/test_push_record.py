@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from lumed.images.diskmap import BLOCK_BYTES, DiskFile, DiskMap
-from lumed.images.manifests import DiskPart
+from lumed.images.manifests import PushedSlice
 from lumed.images.pushrecord import PushRecord
 
 FILE = DiskFile("/vms/web/disk.qcow2", inode=7, size_bytes=1000, mtime_ns=5)
 DISK = DiskMap(3 * BLOCK_BYTES, (FILE,), b"\1\0\1")
-PART = DiskPart(BLOCK_BYTES, BLOCK_BYTES, f"sha256:{'a' * 64}", 99, f"sha256:{'b' * 64}")
+PART = PushedSlice(BLOCK_BYTES, BLOCK_BYTES, f"sha256:{'a' * 64}", 99, f"sha256:{'b' * 64}")
 
 
 def test_a_part_is_found_by_a_later_push_of_the_same_disk(tmp_path: Path) -> None:

@@ -15,17 +15,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lumed.images.formats import lume
 from lumed.images.oci import OCI_MANIFEST, Descriptor
-from lumed.model.vm import Display, Firmware, GuestOs
+from lumed.model.vm import Architecture, Display, Firmware, GuestOs
 
 OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-LUME_CONFIG = "application/vnd.trycua.lume.config.v1+json"
-LUME_NVRAM = "application/vnd.trycua.lume.nvram.v1"
-LUME_DISK = "application/vnd.trycua.lume.disk.v1"
 NVRAM_FULL_SIZE = "org.lumed.nvram.full-size"
 
 _LUME = "org.trycua.lume"
-_LUMED = "org.lumed"
+_FIRMWARE = "org.lumed.firmware"
 _TITLE = "org.opencontainers.image.title"
 
 
@@ -33,8 +31,8 @@ _TITLE = "org.opencontainers.image.title"
 class PushSource:
     """A stopped VM as it is pushed; nobody writes to its files meanwhile.
 
-    disk is a qcow2 file, perhaps with a backing chain; architecture is "amd64" or "arm64";
-    uefi_vars is None if there are none.
+    disk is a qcow2 file, perhaps with a backing chain; uefi_vars is one, too, or None if there
+    are none.
     """
 
     disk: Path
@@ -43,13 +41,13 @@ class PushSource:
     memory_bytes: int
     display: Display
     network: str
-    architecture: str
+    architecture: Architecture
     firmware: Firmware
     uefi_vars: Path | None
 
 
 @dataclass(frozen=True, slots=True)
-class DiskPart:
+class PushedSlice:
     """A slice of the disk and the blob it became; content_digest is that of the slice itself."""
 
     offset: int
@@ -63,15 +61,15 @@ def lume_config(source: PushSource) -> bytes:
     """The config blob of a Lume image."""
     return _encode(
         {
-            "mediatype": LUME_CONFIG,
+            "mediatype": lume.CONFIG,
             "os": str(source.os),
             "hardwareModel": "",
             "machineIdentifier": "",
             "storage": [
-                {"mediatype": LUME_NVRAM, "file": "nvram.bin"},
-                {"mediatype": LUME_DISK, "file": "disk.img"},
+                {"mediatype": lume.NVRAM, "file": "nvram.bin"},
+                {"mediatype": lume.DISK, "file": "disk.img"},
             ],
-            "architecture": source.architecture,
+            "architecture": str(source.architecture),
         }
     )
 
@@ -80,7 +78,7 @@ def lume_manifest(
     source: PushSource,
     config: Descriptor,
     nvram: Descriptor,
-    parts: Sequence[DiskPart],
+    parts: Sequence[PushedSlice],
     *,
     chunk_bytes: int | None,
     uploaded_at: datetime,
@@ -95,8 +93,8 @@ def lume_manifest(
         f"{_LUME}.disk-size": str(disk_bytes),
         f"{_LUME}.display": str(source.display),
         f"{_LUME}.network-mode": source.network,
-        f"{_LUMED}.architecture": source.architecture,
-        f"{_LUMED}.firmware": str(source.firmware),
+        lume.ARCHITECTURE: str(source.architecture),
+        _FIRMWARE: str(source.firmware),
     }
     if chunk_bytes is not None:
         annotations[f"{_LUME}.total-uncompressed-size"] = str(disk_bytes)
@@ -114,7 +112,7 @@ def lume_manifest(
                 f"{_LUME}.part.offset": str(part.offset),
                 f"{_LUME}.chunk.size": str(part.length),
             }
-        layers.append(_descriptor(Descriptor(LUME_DISK, part.digest, part.size_bytes), about))
+        layers.append(_descriptor(Descriptor(lume.DISK, part.digest, part.size_bytes), about))
     return _manifest(_descriptor(config, {_TITLE: "config.json"}), layers, annotations)
 
 
@@ -122,7 +120,7 @@ def container_config(source: PushSource, layer_content_digest: str) -> bytes:
     """The config blob of a container disk: an OCI image config, without times."""
     return _encode(
         {
-            "architecture": source.architecture,
+            "architecture": str(source.architecture),
             # The platform of the image, which holds no program at all; as KubeVirt's own have it.
             "os": "linux",
             "config": {},
@@ -133,7 +131,7 @@ def container_config(source: PushSource, layer_content_digest: str) -> bytes:
 
 def container_manifest(source: PushSource, config: Descriptor, layer: Descriptor) -> bytes:
     """The manifest of a container disk; the same disk gives the same bytes."""
-    annotations = {f"{_LUMED}.firmware": str(source.firmware)}
+    annotations = {_FIRMWARE: str(source.firmware)}
     return _manifest(_descriptor(config), [_descriptor(layer)], annotations)
 
 

@@ -28,8 +28,9 @@ from lumed.images import manifests
 from lumed.images.copy import Stopped
 from lumed.images.diskmap import BLOCK_BYTES, DiskMap, read_map
 from lumed.images.flatqcow2 import FlatQcow2
+from lumed.images.formats import lume
 from lumed.images.gzipper import Gzipper, Piece
-from lumed.images.manifests import DiskPart, PushSource
+from lumed.images.manifests import PushedSlice, PushSource
 from lumed.images.nbd import DiskReader, open_disk
 from lumed.images.oci import (
     MAX_LAYERS,
@@ -159,10 +160,10 @@ def _push_lume_image(
         manifests.lume_manifest, source, chunk_bytes=chunk_bytes, uploaded_at=uploaded_at
     )
     config = manifests.lume_config(source)
-    config_blob = Descriptor(manifests.LUME_CONFIG, digest_of(config), len(config))
+    config_blob = Descriptor(lume.CONFIG, digest_of(config), len(config))
     nvram = _read_nvram(source, push.scratch)
     # As long as with the real digests, and hardly shorter with their sizes.
-    sketch = [DiskPart(s.offset, s.length, _NO_DIGEST, s.length, _NO_DIGEST) for s in slices]
+    sketch = [PushedSlice(s.offset, s.length, _NO_DIGEST, s.length, _NO_DIGEST) for s in slices]
     size = len(make(config_blob, nvram.blob, sketch))
     if len(slices) >= MAX_LAYERS or size > MAX_MANIFEST_BYTES:
         raise _refuse_chunk(
@@ -239,7 +240,7 @@ def _read_nvram(source: PushSource, scratch: Path) -> _Nvram:
         if len(content) < len(whole):
             annotations = {manifests.NVRAM_FULL_SIZE: str(len(whole))}
     digest = digest_of(content)
-    return _Nvram(content, Descriptor(manifests.LUME_NVRAM, digest, len(content), annotations))
+    return _Nvram(content, Descriptor(lume.NVRAM, digest, len(content), annotations))
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,12 +284,12 @@ class _Push:
         if self.stop.is_set() or self._failed.is_set():
             raise Stopped
 
-    def send_slices(self, slices: Sequence[_Slice]) -> list[DiskPart]:
+    def send_slices(self, slices: Sequence[_Slice]) -> list[PushedSlice]:
         """See to it that the registry has all slices; what they became, in their order."""
         largest = nlargest(_SLICES_AT_ONCE, (s.most_blob_bytes for s in slices))
         check_free_space(self.scratch, sum(largest), "compress the image")
-        jobs: dict[int, Future[DiskPart]] = {}
-        empty: dict[int, Future[DiskPart]] = {}
+        jobs: dict[int, Future[PushedSlice]] = {}
+        empty: dict[int, Future[PushedSlice]] = {}
         self._total = sum(s.data_bytes for s in slices)
         with ThreadPoolExecutor(_SLICES_AT_ONCE, thread_name_prefix="push") as pool:
             for one in slices:
@@ -315,7 +316,7 @@ class _Push:
         path.write_bytes(content)
         self._send_file(path, digest, lambda _: self.check())
 
-    def _send_slice(self, one: _Slice) -> DiskPart:
+    def _send_slice(self, one: _Slice) -> PushedSlice:
         self.check()
         known = self.record.find(one.offset)
         if known is not None and known.length == one.length and self._is_there(known.digest):
@@ -324,7 +325,7 @@ class _Push:
         path = self.scratch / f"slice-{one.offset}"
         with path.open("wb", buffering=MIB) as file:
             member = self.gzipper.write(one.pieces(), file, self._report_piece)
-        part = DiskPart(
+        part = PushedSlice(
             one.offset, one.length, member.digest, member.size_bytes, member.content_digest
         )
         self.record.add(part)

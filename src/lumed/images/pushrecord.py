@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lumed.images.diskmap import DiskMap
-from lumed.images.manifests import DiskPart
+from lumed.images.manifests import PushedSlice
 
 _MOST_RECORDS = 64  # of some 300 bytes a slice
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -39,11 +39,11 @@ class PushRecord:
         _remove_oldest(directory)
         self._parts = _read_parts(self._path)
 
-    def find(self, offset: int) -> DiskPart | None:
+    def find(self, offset: int) -> PushedSlice | None:
         """The slice at that offset, if it was compressed before."""
         return self._parts.get(offset)
 
-    def add(self, part: DiskPart) -> None:
+    def add(self, part: PushedSlice) -> None:
         """Keep what a slice became."""
         line = json.dumps(asdict(part)).encode()
         # One write at the end of the file, whole for other threads. It begins a line of its own,
@@ -55,11 +55,11 @@ class PushRecord:
             os.close(fd)
 
 
-def _read_parts(path: Path) -> dict[int, DiskPart]:
+def _read_parts(path: Path) -> dict[int, PushedSlice]:
     parts = {}
     for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError, TypeError):
-            part = DiskPart(**json.loads(line))
+            part = PushedSlice(**json.loads(line))
             numbers = (part.offset, part.length, part.size_bytes)
             texts = (part.digest, part.content_digest)
             if all(type(n) is int for n in numbers) and all(map(_DIGEST.fullmatch, texts)):
