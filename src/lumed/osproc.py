@@ -13,15 +13,18 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
 from lumed.errors import MissingDependency, TimedOut, ToolFailed
-from lumed.threads import run_to_end
+from lumed.threads import Stopped, run_to_end
 
 _LAST_WORDS = 2000
+_STOP_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +139,13 @@ def run_tool_blocking(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes | None = None,
+    stop: threading.Event | None = None,
 ) -> bytes:
     """Run a program to its end and return its standard output.
 
     Raises ToolFailed with the last words of its standard error, TimedOut after timeout_s (the
-    program and its children are then killed), MissingDependency if it does not exist.
+    program and its children are then killed), MissingDependency if it does not exist, Stopped
+    if it was killed because `stop` was set (looked at every 0.2 s).
     """
     name = Path(argv[0]).name
     try:
@@ -163,7 +168,7 @@ def run_tool_blocking(
                 process.pid, resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes)
             )
     try:
-        out, err = process.communicate(stdin, timeout=timeout_s)
+        out, err = _communicate(process, stdin, timeout_s, stop)
     except subprocess.TimeoutExpired as error:
         _kill_session(process)
         process.communicate()
@@ -179,6 +184,26 @@ def run_tool_blocking(
             fields={"exitStatus": process.returncode},
         )
     return out
+
+
+def _communicate(
+    process: subprocess.Popen[bytes],
+    stdin: bytes | None,
+    timeout_s: float,
+    stop: threading.Event | None,
+) -> tuple[bytes, bytes]:
+    if stop is None:
+        return process.communicate(stdin, timeout=timeout_s)
+    give_up_at = time.monotonic() + timeout_s
+    while True:
+        if stop.is_set():
+            raise Stopped
+        try:
+            # May be repeated, and loses nothing (subprocess, "communicate").
+            return process.communicate(stdin, timeout=_STOP_LOOK_S)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > give_up_at:
+                raise
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

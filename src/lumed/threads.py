@@ -15,6 +15,10 @@ class _GivenUp(Exception):
     """Nobody waits for this work any more, and it had not begun."""
 
 
+class Stopped(Exception):
+    """Work in a thread was told to stop, and has."""
+
+
 async def run_to_end(
     work: Callable[[], T],
     *,

@@ -17,6 +17,7 @@ from pathlib import Path
 from lumed.errors import WrongState
 from lumed.files import check_free_space
 from lumed.images.qcow2 import UnfitImage
+from lumed.threads import Stopped
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2); not in Python's fcntl before 3.12
 _STEP_BYTES = 16 << 20
@@ -25,10 +26,6 @@ _NOT_CLONED = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.
 # QEMU's image locks (block/file-posix.c): who may write holds byte 100 + 1.
 _WRITE_PERMISSION_AT = 101
 _FLOCK = "hhqqi4x"
-
-
-class Stopped(Exception):
-    """The copy was told to stop."""
 
 
 def copy_image(
@@ -48,7 +45,7 @@ def copy_image(
     before = os.fstat(source)
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        if not _clone(source, fd):
+        if not reflink(source, fd):
             total = min(before.st_blocks * 512, before.st_size)
             check_free_space(target.parent, total, "copy the image")
             os.ftruncate(fd, before.st_size)
@@ -67,7 +64,8 @@ def _is_open_for_writing(fd: int) -> bool:
     return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
-def _clone(source: int, target: int) -> bool:
+def reflink(source: int, target: int) -> bool:
+    """Let the empty file `target` share all blocks of `source`; False where that cannot be."""
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,16 @@ async def grow(path: Path, disk_format: DiskFormat, size_bytes: int) -> None:
     await run_to_end(partial(_grow, path, disk_format, size_bytes))
 
 
+def create_on_layer(path: Path, layer: Path, size_bytes: int) -> None:
+    """Make an empty overlay over a layer of the same folder, named without the folder. Blocking.
+
+    size_bytes is at least the layer's virtual size. Fails like create_empty.
+    """
+    # Unopened (-u): what is below was checked when it was made, and may be long.
+    options = ["-u", "-o", _OVERLAY_OPTIONS, "-b", layer.name, "-F", DiskFormat.QCOW2]
+    _create(path, options, size_bytes)
+
+
 def read_usage(path: Path, disk_format: DiskFormat = DiskFormat.QCOW2) -> DiskUsage:
     """The sizes of a disk, also of a running one, without a subprocess (some 20 µs).
 
@@ -118,7 +129,7 @@ def _create(path: Path, options: list[str], size_bytes: int) -> None:
     new = path.with_name(f".{path.name}.new")
     try:
         with full_disk_is_no_space(path.parent, f"create {path.name}"):
-            _qemu_img("create", "-q", "-f", "qcow2", *options, str(new), str(size_bytes), disk=path)
+            qemu_img("create", "-q", "-f", "qcow2", *options, str(new), str(size_bytes), disk=path)
             new.chmod(0o600)
             sync_file(new)
             new.rename(path)
@@ -140,14 +151,23 @@ def _grow(path: Path, disk_format: DiskFormat, size_bytes: int) -> None:
         return
     # The size above was read before qemu-img took the image lock; it refuses to shrink by itself.
     with full_disk_is_no_space(path.parent, f"grow {path.name}"):
-        _qemu_img("resize", "-q", "-f", disk_format, str(path), str(size_bytes), disk=path)
+        qemu_img("resize", "-q", "-f", disk_format, str(path), str(size_bytes), disk=path)
         sync_file(path)
 
 
-def _qemu_img(*arguments: str, disk: Path) -> None:
+def qemu_img(
+    *arguments: str,
+    disk: Path,
+    timeout_s: float = _TIMEOUT_S,
+    stop: threading.Event | None = None,
+) -> None:
+    """Run qemu-img to its end, its failure told as NoSpace or WrongState where it is one.
+
+    Raises Stopped soon after `stop` is set.
+    """
     program = get_program("qemu-img", package="qemu-utils")
     try:
-        run_tool_blocking([program, *arguments], timeout_s=_TIMEOUT_S)
+        run_tool_blocking([program, *arguments], timeout_s=timeout_s, stop=stop)
     except ToolFailed as error:
         if "No space left on device" in error.message or "quota exceeded" in error.message:
             raise NoSpace(

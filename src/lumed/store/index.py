@@ -18,6 +18,7 @@ from lumed.log import EventLog
 from lumed.model.end import MachineEnd
 from lumed.model.vm import VmConfig
 from lumed.store.disk import read_usage
+from lumed.store.layers import read_layers
 from lumed.store.locations import Locations
 from lumed.store.runrecord import read_end_record
 from lumed.store.vmdir import VmDir, read_config
@@ -35,7 +36,7 @@ class StoredVm:
     """One VM on disk. config is None, and damage says why, if it cannot be read.
 
     The same object comes back from every look while nothing changed. allocated_bytes is what
-    the disk takes on the host.
+    the disk takes on the host with all its layers, also those that it shares with other VMs.
     """
 
     vm_dir: VmDir
@@ -153,12 +154,15 @@ def _read(vm_dir: VmDir, location_name: str, signature: Signature) -> StoredVm:
         # The disk itself knows its size better than the file that describes it.
         with contextlib.suppress(OSError, ToolFailed):
             config = _resized(config, read_usage(vm_dir.disk).virtual_bytes)
+    allocated_bytes = signature[0][1] if signature[0] else 0
+    with contextlib.suppress(OSError, Damaged):
+        allocated_bytes += sum(layer.stat().st_blocks * 512 for layer in read_layers(vm_dir.disk))
     return StoredVm(
         vm_dir=vm_dir,
         location_name=location_name,
         config=config,
         damage=damage,
-        allocated_bytes=signature[0][1] if signature[0] else 0,
+        allocated_bytes=allocated_bytes,
         end=read_end_record(vm_dir.end_record),
         signature=signature,
     )
