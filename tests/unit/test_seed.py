@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import email
 import io
+import subprocess
 import time
+from configparser import ConfigParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -121,7 +124,7 @@ def test_shares_are_mounted_at_every_boot_and_never_through_fstab() -> None:
     )
     config = yaml.safe_load(user_data(seed))
     assert "mounts" not in config
-    first, second = config["bootcmd"]
+    *_, first, second = config["bootcmd"]
     assert "mount -t virtiofs -o rw one /mnt/shared/Projects" in first
     assert "mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=262144 two" in second
     assert "/mnt/shared/Projects-2" in second
@@ -138,7 +141,70 @@ def test_smaller_guests_find_the_mounts_in_the_meta_data_one_a_line() -> None:
 def test_a_vm_without_shares_has_no_mounts() -> None:
     seed = dataclasses.replace(A_SEED, shares=())
     assert "mounts" not in yaml.safe_load(meta_data(seed))
-    assert "bootcmd" not in yaml.safe_load(user_data(seed))
+    assert "mount" not in user_data(seed)
+
+
+def test_only_a_clone_takes_a_new_machine_id_and_only_once_an_instance() -> None:
+    plain = yaml.safe_load(user_data(A_SEED))["bootcmd"]
+    clone = yaml.safe_load(user_data(dataclasses.replace(A_SEED, is_clone=True)))["bootcmd"]
+    assert clone[1:] == plain
+    assert clone[0].startswith("cloud-init-per instance lumed-machine-id sh -c '")
+    assert not any("machine-id" in command for command in plain)
+
+
+def run_in(root: Path, command: str) -> None:
+    """Run a bootcmd as cloud-init does, in a shell, with another folder as the guest's root."""
+    tools = root / "tools"
+    tools.mkdir(exist_ok=True)
+    # As its manual says: the rest of the line is the command; systemd's fills an empty file.
+    scripts = {
+        "cloud-init-per": 'shift 2; exec "$@"',
+        "systemd-machine-id-setup": f"[ -s {root}/etc/machine-id ] || "
+        f"cat {root}/var/lib/dbus/machine-id {root}/new 2>/dev/null >{root}/etc/machine-id",
+    }
+    for name, text in scripts.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    for folder in ("/etc/", "/var/"):
+        command = command.replace(folder, f"{root}{folder}")
+    env = {"PATH": f"{tools}:/usr/bin:/bin"}
+    subprocess.run(["/bin/sh", "-e", "-c", command], check=True, env=env, timeout=10)
+
+
+@pytest.mark.parametrize("dbus", ["none", "file", "link"])
+def test_the_old_machine_id_is_gone_from_wherever_it_would_be_taken(
+    tmp_path: Path, dbus: str
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/machine-id").write_text("old\n")
+    (tmp_path / "new").write_text("new\n")
+    if dbus != "none":
+        (tmp_path / "var/lib/dbus").mkdir(parents=True)
+        if dbus == "file":
+            (tmp_path / "var/lib/dbus/machine-id").write_text("old\n")
+        else:
+            (tmp_path / "var/lib/dbus/machine-id").symlink_to(tmp_path / "etc/machine-id")
+    text = user_data(dataclasses.replace(A_SEED, is_clone=True))
+    run_in(tmp_path, yaml.safe_load(text)["bootcmd"][0])
+    assert (tmp_path / "etc/machine-id").read_text() == "new\n"
+    if dbus != "none":
+        assert (tmp_path / "var/lib/dbus/machine-id").read_text() == "new\n"
+
+
+def test_guests_of_systemd_name_themselves_to_dhcp_servers_by_their_card(tmp_path: Path) -> None:
+    command = yaml.safe_load(user_data(dataclasses.replace(A_SEED, shares=())))["bootcmd"][0]
+    run_in(tmp_path, command)
+    assert not (tmp_path / "etc").exists()
+    (tmp_path / "etc/systemd").mkdir(parents=True)
+    run_in(tmp_path, command)
+    (file,) = (tmp_path / "etc/systemd/networkd.conf.d").iterdir()
+    parsed = ConfigParser()
+    parsed.read(file)
+    assert parsed["DHCPv4"]["DUIDType"] == parsed["DHCPv6"]["DUIDType"] == "link-layer"
+    # What somebody has changed inside the guest stays.
+    file.write_text("theirs")
+    run_in(tmp_path, command)
+    assert file.read_text() == "theirs"
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0")), max_size=6))

@@ -32,6 +32,25 @@ USER_DATA_LIMIT = 1 << 20
 
 # Bytes of a 9p message; the kernel's default of 128 KiB halves the speed of large reads.
 _NINEP_OPTIONS = "trans=virtio,version=9p2000.L,msize=262144"
+# A clone's guest takes a new machine id, once; systemd writes one where it finds the file empty.
+# The old one must be gone from D-Bus too, or it would be taken from there.
+_NEW_MACHINE_ID = (
+    "command -v systemd-machine-id-setup >/dev/null || exit 0; : >/etc/machine-id; "
+    "rm -f /var/lib/dbus/machine-id; systemd-machine-id-setup; "
+    "[ ! -d /var/lib/dbus ] || ln -s /etc/machine-id /var/lib/dbus/machine-id"
+)
+_MACHINE_ID_COMMAND = f"cloud-init-per instance lumed-machine-id sh -c '{_NEW_MACHINE_ID}'"
+# systemd-networkd would name itself to DHCP servers by the machine id, and has asked for an
+# address before the command above runs: at its first boot a clone on a bridged network would get
+# the address of its source. So every guest is told to use the card's address for that, which a
+# clone finds in place. No network-config does it: cloud-init takes `dhcp-identifier` to netplan
+# only, and wants the card's name for the others, which depends on the slot it is in.
+_DHCP_FOLDER = "/etc/systemd/networkd.conf.d"
+_DHCP_COMMAND = (
+    f"[ ! -d /etc/systemd ] || [ -e {_DHCP_FOLDER}/50-lumed.conf ] || {{ mkdir -p {_DHCP_FOLDER} "
+    "&& printf '[DHCPv4]\nDUIDType=link-layer\n[DHCPv6]\nDUIDType=link-layer\n' "
+    f">{_DHCP_FOLDER}/50-lumed.conf; }}"
+)
 # Our part is merged over the user's: where both say something the user's value stays, and
 # lists are joined, so that `users` and `bootcmd` of both take effect.
 _MERGE_TYPE = "dict(no_replace,recurse_list)+list(append)+str()"
@@ -52,7 +71,10 @@ class SeedShare:
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """What the guest is told. instance_id is the VM's uuid; hostname is valid (RFC 1123)."""
+    """What the guest is told. instance_id is the VM's uuid; hostname is valid (RFC 1123).
+
+    is_clone: the guest still has the machine id of the VM that it was cloned from.
+    """
 
     instance_id: str
     hostname: str
@@ -61,6 +83,7 @@ class Seed:
     ssh_keys: tuple[str, ...] = ()
     shares: tuple[SeedShare, ...] = ()
     user_data: str | None = None
+    is_clone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +210,10 @@ def _our_config(seed: Seed, *, keep_default_user: bool) -> str:
     if seed.ssh_keys:
         lines.append("  ssh_authorized_keys:")
         lines += [f"  - {json.dumps(key.strip())}" for key in seed.ssh_keys]
-    mounts = plan_mounts(seed.shares)
-    if mounts:
-        lines.append("bootcmd:")
-        lines += [f"- {json.dumps(_mount_command(mount))}" for mount in mounts]
+    commands = [_MACHINE_ID_COMMAND] if seed.is_clone else []
+    commands += [_DHCP_COMMAND, *map(_mount_command, plan_mounts(seed.shares))]
+    lines.append("bootcmd:")
+    lines += [f"- {json.dumps(command)}" for command in commands]
     return "\n".join(lines) + "\n"
 
 

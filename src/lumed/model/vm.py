@@ -88,7 +88,8 @@ class VmConfig:
     """What a VM is. `config.json` holds Lume's part of it, `lumed.json` the rest.
 
     disk_size_bytes is the virtual size. image names what the disk was made from, None for an
-    empty disk. network is "nat", "bridged", or "bridged:<interface>".
+    empty disk. network is "nat", "bridged", or "bridged:<interface>". is_clone: its guest was
+    another VM's once, and must become a machine of its own.
     """
 
     uuid: str
@@ -105,3 +106,4 @@ class VmConfig:
     ssh_keys: tuple[str, ...] = field(default=())
     user_data: str | None = None
     created_at: str = ""
+    is_clone: bool = False

@@ -295,6 +295,7 @@ class Power:
                 ssh_keys=keys,
                 shares=tuple(SeedShare(share.directory, share.transport) for share in shares),
                 user_data=config.user_data,
+                is_clone=config.is_clone,
             )
         )
         # Not durable: it is made anew at each run.

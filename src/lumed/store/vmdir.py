@@ -102,6 +102,7 @@ def read_config(vm_dir: VmDir) -> VmConfig:
             ssh_keys=tuple(map(str, _list(extra, "sshKeys"))),
             user_data=_optional_text(extra, "userData"),
             created_at=_optional_text(extra, "createdAt") or "",
+            is_clone=extra.get("isClone") is True,
         )
     except OSError as error:
         raise Damaged(
@@ -128,6 +129,7 @@ def write_config(vm_dir: VmDir, config: VmConfig) -> None:
             "sshKeys": list(config.ssh_keys),
             "userData": config.user_data,
             "createdAt": config.created_at,
+            "isClone": config.is_clone,
         },
     )
     write_json(
