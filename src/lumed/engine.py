@@ -12,7 +12,7 @@ from typing import Protocol
 
 from lumed.model.host import HostStatus
 from lumed.model.operation import Operation
-from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
+from lumed.model.request import CloneRequest, CreateRequest, RunRequest, UpdateRequest
 from lumed.model.view import VmView
 from lumed.settings import Settings
 
@@ -36,6 +36,12 @@ class Engine(Protocol):
 
     async def create_vm(self, request: CreateRequest) -> Accepted:
         """Begin to make a VM; what can be checked is checked before this returns."""
+
+    async def clone_vm(self, request: CloneRequest) -> VmView:
+        """Make a VM from a stopped one, independent of it; wait until it is there.
+
+        Raises NotFound, AlreadyExists, WrongState while the source runs, Busy, NoSpace.
+        """
 
     async def update_vm(self, name: str, request: UpdateRequest) -> VmView:
         """Change a stopped VM. Raises WrongState while it runs, InvalidField on a shrink."""

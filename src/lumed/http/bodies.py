@@ -12,7 +12,13 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from lumed.errors import LumedError
-from lumed.model.request import CreateRequest, RunRequest, ShareRequest, UpdateRequest
+from lumed.model.request import (
+    CloneRequest,
+    CreateRequest,
+    RunRequest,
+    ShareRequest,
+    UpdateRequest,
+)
 from lumed.model.run import VncMode
 from lumed.model.vm import Display, Firmware, GuestOs, PortForward
 from lumed.naming import check_location_name, check_vm_name
@@ -210,6 +216,37 @@ class CreateBody(_Body):
             ssh_keys=tuple(self.ssh_keys or ()),
             ports=tuple(PortForward(p.guest_port, p.host_port) for p in self.ports or ()),
             firmware=self.firmware,
+        )
+
+
+class CloneBody(_Body):
+    """POST /lume/vms/clone."""
+
+    model_config = _example(
+        {
+            "name": "lume_vm",
+            "newName": "lume_vm_copy",
+            "sourceLocation": "ssd",
+            "destLocation": "ssd",
+        }
+    )
+
+    name: VmName
+    new_name: VmName = Field(validation_alias=AliasChoices("newName", "new_name"))
+    source_location: Storage = Field(
+        None, validation_alias=AliasChoices("sourceLocation", "source_location")
+    )
+    dest_location: Storage = Field(
+        None, validation_alias=AliasChoices("destLocation", "dest_location")
+    )
+
+    def to_request(self) -> CloneRequest:
+        """The request in the engine's words."""
+        return CloneRequest(
+            name=self.name,
+            new_name=self.new_name,
+            source_location=self.source_location or None,
+            dest_location=self.dest_location or None,
         )
 
 

@@ -121,6 +121,13 @@ class VmReply(VmObject):
     message: str
 
 
+class CloneReply(VmReply):
+    """The new VM, and the names of both."""
+
+    source: str
+    destination: str
+
+
 class MessageReply(BaseModel):
     """A sentence that says what happened."""
 

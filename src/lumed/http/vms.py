@@ -9,8 +9,8 @@ from fastapi import APIRouter, Path, Query, Response
 
 from lumed.engine import Engine
 from lumed.errors import InvalidField, NotFound
-from lumed.http.bodies import CreateBody, RunBody, StopBody, Text, UpdateBody
-from lumed.http.replies import MessageReply, VmObject, VmReply
+from lumed.http.bodies import CloneBody, CreateBody, RunBody, StopBody, Text, UpdateBody
+from lumed.http.replies import CloneReply, MessageReply, VmObject, VmReply
 from lumed.http.shapes import VmListEncoder, json_response, vm_object
 from lumed.naming import check_vm_name
 
@@ -35,6 +35,12 @@ def vm_routes(engine: Engine) -> APIRouter:
     async def create_vm(body: CreateBody) -> Response:
         accepted = await engine.create_vm(body.to_request())
         return json_response({"message": "VM creation started", **vm_object(accepted.vm)}, 202)
+
+    @router.post("/clone", response_model=CloneReply, summary="Clone a stopped virtual machine")
+    async def clone_vm(body: CloneBody) -> Response:
+        vm = await engine.clone_vm(body.to_request())
+        names = {"source": body.name, "destination": body.new_name}
+        return json_response({"message": "VM cloned successfully", **names, **vm_object(vm)})
 
     @router.get("/{name}", response_model=VmObject, summary="Get details of a virtual machine")
     async def get_vm(name: Name, storage: Storage = None) -> Response:

@@ -40,6 +40,16 @@ class UpdateRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CloneRequest:
+    """A VM to be made from another; a location None is where it is found, or the default."""
+
+    name: str
+    new_name: str
+    source_location: str | None = None
+    dest_location: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ShareRequest:
     """A directory to share, as it was written: `~` and links are not resolved yet."""
 

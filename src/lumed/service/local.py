@@ -23,11 +23,12 @@ from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
 from lumed.model.host import Accelerator, HostStatus
 from lumed.model.operation import Operation, OperationStatus
-from lumed.model.request import CreateRequest, RunRequest, UpdateRequest
+from lumed.model.request import CloneRequest, CreateRequest, RunRequest, UpdateRequest
 from lumed.model.view import VmView
 from lumed.model.vm import DiskFormat, VmConfig
 from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
+from lumed.service.cloning import make_clone, request_of_clone
 from lumed.service.gate import Gate
 from lumed.service.host import free_bytes, read_logs, read_memory
 from lumed.service.keeper import SettingsKeeper
@@ -51,8 +52,11 @@ _log = EventLog("engine")
 # A start takes well under a second, a stop up to 20 s (contract, section 1).
 _START_PATIENCE_S = 15.0
 _STOP_PATIENCE_S = 22.0
+# A clone takes milliseconds, except where it must copy; its clients give up after 60 s.
+_CLONE_PATIENCE_S = 50.0
 _SCREENSHOT_S = 5.0
 _STARTING = frozenset({"run"})
+_CHANGING = frozenset({"clone", "update"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +172,7 @@ class LocalEngine:
         """See Engine."""
         name = request.name
         location_name, location = self._index.locations.get(request.storage)
-        exists = AlreadyExists(f"Virtual machine already exists with name: {name}")
-        if self._gate.action(name) is not None:
-            raise exists
-        self._gate.enter(name, "create", name)
-        try:
-            if await asyncio.to_thread(self._index.find, name) is not None:
-                raise exists
+        async with self._new_name(name):
             choice = await self._provisioning.check(
                 request, location, self._keeper.settings.default_image
             )
@@ -184,16 +182,65 @@ class LocalEngine:
             async def work(operation: RunningOperation) -> None:
                 await self._provisioning.make(request, choice, location, operation)
 
-            def on_over() -> None:
-                self._pending.pop(name, None)
-                self._gate.leave(name)
+            operation = await self._start_making("create", request, location_name, work)
+        return Accepted(self._view_pending(self._pending[name]), operation)
 
-            operation = await self._operations.start("create", name, work, on_over=on_over)
+    @contextlib.asynccontextmanager
+    async def _new_name(self, name: str) -> AsyncIterator[None]:
+        """Hold a name that is free; if the block fails it is free again."""
+        exists = AlreadyExists(f"Virtual machine already exists with name: {name}")
+        if self._gate.action(name) is not None:
+            raise exists
+        self._gate.enter(name, "create", name)
+        try:
+            if await asyncio.to_thread(self._index.find, name) is not None:
+                raise exists
+            yield
         except BaseException:
             self._gate.leave(name)
             raise
+
+    async def _start_making(
+        self,
+        action: str,
+        request: CreateRequest,
+        location_name: str,
+        work: Callable[[RunningOperation], Awaitable[None]],
+    ) -> Operation:
+        """Begin to make a VM, last in a block of `_new_name`; the name is held until it is over."""
+        name = request.name
+
+        def on_over() -> None:
+            self._pending.pop(name, None)
+            self._gate.leave(name)
+
+        operation = await self._operations.start(action, name, work, on_over=on_over)
         self._pending[name] = _Pending(request, location_name, operation.id)
-        return Accepted(self._view_pending(self._pending[name]), operation)
+        return operation
+
+    async def clone_vm(self, request: CloneRequest) -> VmView:
+        """See Engine."""
+        source = await self._get_stored(request.name, request.source_location)
+        self._check_stopped(source)
+        name, path = request.new_name, source.vm_dir.path
+        location_name, location = self._index.locations.get(request.dest_location)
+        made = request_of_clone(name, _config_of(source))
+
+        async def work(operation: RunningOperation) -> None:
+            async with self._gate.wait_for(
+                path, "clone", source.name, behind=_CHANGING, timeout_s=_CLONE_PATIENCE_S
+            ):
+                # Looked at again: it may have been changed or run until it was our turn.
+                now = await self._get_stored(source.name, source.location_name)
+                self._check_stopped(now)
+                await make_clone(now.vm_dir, _config_of(now), name, location, operation)
+            _log.info("vm cloned", vm=source.name, clone=name)
+
+        async with self._new_name(name):
+            await asyncio.to_thread(self._index.locations.remember, location)
+            operation = await self._start_making("clone", made, location_name, work)
+        await self._finish(operation)
+        return await self.get_vm(name, location_name)
 
     async def update_vm(self, name: str, request: UpdateRequest) -> VmView:
         """See Engine."""
@@ -334,7 +381,8 @@ class LocalEngine:
         try:
             return await asyncio.to_thread(self._index.get, name, location)
         except NotFound as error:
-            if name in self._pending:
+            pending = self._pending.get(name)
+            if pending is not None and location in (None, pending.location_name):
                 raise Busy(
                     f"Virtual machine is still being provisioned: {name}",
                     fields={"action": "create", "name": name},

@@ -63,7 +63,7 @@ class Provisioning:
                 raise InvalidField(f"sshKeys: {reason}", fields={"sshKeys": reason})
         choice = await self._choose_image(request, default_image)
         get_program("qemu-img", package="qemu-utils")
-        await asyncio.to_thread(_check_location, location, f"create {request.name}")
+        await asyncio.to_thread(check_location, location, f"create {request.name}")
         return choice
 
     async def _choose_image(self, request: CreateRequest, default_image: str) -> ImageChoice | None:
@@ -143,7 +143,8 @@ def _check_fits(request: CreateRequest, facts: DiskFacts) -> None:
         raise InvalidField(f"diskSize: {reason}", fields={"diskSize": reason})
 
 
-def _check_location(location: Path, what: str) -> None:
+def check_location(location: Path, what: str) -> None:
+    """Make a location's folder if need be. Raises InvalidField, NoSpace if it is nearly full."""
     try:
         location.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
