@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Protocol
 
 from lumed.model.host import HostStatus
+from lumed.model.image import ImageView, Pruned
 from lumed.model.operation import Operation
-from lumed.model.request import CloneRequest, CreateRequest, RunRequest, UpdateRequest
+from lumed.model.request import (
+    CloneRequest,
+    CreateRequest,
+    PullRequest,
+    PushRequest,
+    RunRequest,
+    UpdateRequest,
+)
 from lumed.model.view import VmView
 from lumed.settings import Settings
 
@@ -60,11 +68,32 @@ class Engine(Protocol):
     async def delete_vm(self, name: str, storage: str | None = None) -> None:
         """Delete a VM; one that runs or is being made is stopped first."""
 
+    async def pull_vm(self, request: PullRequest) -> Accepted:
+        """Begin to fetch an image and to make a VM of it. Raises AlreadyExists."""
+
+    async def cancel_pull(self, name: str) -> None:
+        """End a pull, and wait for that; its name is free then. Raises NotFound."""
+
+    async def push_vm(self, request: PushRequest) -> Operation:
+        """Begin to send a stopped VM to a registry; its result is the manifest's digest."""
+
+    async def list_images(self) -> list[ImageView]:
+        """The images in the cache, by name."""
+
+    async def delete_image(self, name: str) -> ImageView:
+        """Forget a name, and its image with the last one. Raises WrongState if a VM rests on it."""
+
+    async def prune_images(self, *, dry_run: bool) -> Pruned:
+        """Remove the images that nothing rests on; dry_run only tells which."""
+
     def list_operations(self) -> list[Operation]:
         """The operations still known, newest first."""
 
     def get_operation(self, operation_id: str) -> Operation:
         """One operation. Raises NotFound."""
+
+    async def finish_operation(self, operation_id: str) -> Operation:
+        """Wait until an operation is over. Raises what it failed with, WrongState if cancelled."""
 
     async def cancel_operation(self, operation_id: str) -> Operation:
         """Ask an operation to stop and wait until it has. Raises WrongState if it is over."""

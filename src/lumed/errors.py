@@ -120,6 +120,12 @@ class RegistryFailed(LumedError):
     code = "registry_failed"
 
 
+class PullFailed(LumedError):
+    """The VM is not there because the pull that should have made it failed (contract, 5)."""
+
+    code = "pull_failed"
+
+
 class TimedOut(LumedError):
     """Something did not happen before its deadline; the message says what and how long."""
 

@@ -27,6 +27,7 @@ class Settings:
 
     locations maps names to absolute paths and holds only what was configured; the built-in
     ones (`home`, `ssd` and so on) are folders of the home until they appear here.
+    insecure_registries ("host:port") may be spoken to without TLS; it is only read, never written.
     """
 
     default_location: str = "home"
@@ -37,6 +38,7 @@ class Settings:
     registry: str = "ghcr.io"
     organization: str = "trycua"
     accelerator: str | None = None
+    insecure_registries: tuple[str, ...] = ()
     path: Path | None = None
 
 
@@ -100,6 +102,9 @@ def _from_yaml(data: dict[str, object], path: Path) -> Settings:
         registry=str(registry.get("registry") or "ghcr.io"),
         organization=str(registry.get("organization") or "trycua"),
         accelerator=None if accelerator is None else str(accelerator),
+        insecure_registries=tuple(
+            map(str, cast("list[object]", data.get("insecureRegistries") or []))
+        ),
         path=path,
     )
 

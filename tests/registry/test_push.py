@@ -11,8 +11,8 @@ import pytest
 
 from lumed.errors import RegistryFailed
 from lumed.images.auth import Credentials
-from lumed.images.copy import Stopped
 from lumed.images.oci import OCI_MANIFEST, ConnectionLost, digest_of
+from lumed.threads import Stopped
 from tests.registry.faults import FaultProxy
 from tests.registry.test_registry import connect, refer
 from tests.registry.world import PASSWORD, USER, RunningRegistry

@@ -21,17 +21,18 @@ import pytest
 
 from lumed.errors import InvalidField, NoSpace, RegistryFailed, ToolFailed
 from lumed.images import push
-from lumed.images.copy import Stopped
 from lumed.images.formats.recognise import plan_image
 from lumed.images.gzipper import Gzipper
 from lumed.images.manifests import PushSource
 from lumed.images.oci import OCI_MANIFEST
 from lumed.images.pull import pull_disk
-from lumed.images.push import PushFormat, push_image
+from lumed.images.push import push_image
 from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry
+from lumed.model.request import PushFormat
 from lumed.model.vm import Architecture, Display, Firmware, GuestOs
 from lumed.osproc import find_process, wait_gone
+from lumed.threads import Stopped
 from tests.registry.faults import FaultProxy
 from tests.registry.world import RunningRegistry
 
@@ -377,7 +378,8 @@ PUSH = """
 import sys, threading
 from pathlib import Path
 from lumed.images.manifests import PushSource
-from lumed.images.push import PushFormat, push_image
+from lumed.images.push import push_image
+from lumed.model.request import PushFormat
 from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry
 from lumed.model.vm import Architecture, Display, Firmware, GuestOs

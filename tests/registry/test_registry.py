@@ -10,7 +10,6 @@ import pytest
 
 from lumed.errors import RegistryFailed
 from lumed.images.auth import Credentials
-from lumed.images.copy import Stopped
 from lumed.images.oci import (
     OCI_CONFIG,
     ConnectionLost,
@@ -19,6 +18,7 @@ from lumed.images.oci import (
 )
 from lumed.images.reference import ImageReference
 from lumed.images.registry import NoSuchPlatform, Registry
+from lumed.threads import Stopped
 from tests.registry.faults import FaultProxy
 from tests.registry.world import PASSWORD, USER, Layer, RunningRegistry
 

@@ -17,11 +17,11 @@ import pytest
 
 from lumed.errors import NoSpace, RegistryFailed
 from lumed.images.blobs import get_blob_path
-from lumed.images.copy import Stopped
 from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import plan_image
 from lumed.images.oci import ConnectionLost
 from lumed.images.pull import drop_blobs, needed_bytes, pull_disk
+from lumed.threads import Stopped
 from tests.doubles.blob_source import MemoryBlobs
 from tests.unit.test_pull import gzip_pack, lume_image, make_disk, pull
 

@@ -11,6 +11,7 @@ from lumed.engine import Engine
 from lumed.http.errors import install_error_handlers
 from lumed.http.guard import Guard
 from lumed.http.host import config_routes, host_routes, operation_routes
+from lumed.http.images import image_routes, pull_routes, push_routes
 from lumed.http.replies import ErrorObject
 from lumed.http.vms import vm_routes
 
@@ -32,6 +33,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
         422: "A field is missing, of the wrong type or out of range",
         500: "A fault of the server or of a machine",
         501: "Not possible on this host",
+        502: "A registry failed, refused, or sent wrong bytes",
         503: "QEMU, firmware or an accelerator is missing",
         504: "A machine did not answer in time",
         507: "No space",
@@ -57,6 +59,9 @@ def build_app(engine: Engine, hosts: frozenset[str] = frozenset()) -> Guard:
     install_error_handlers(app)
     for router in (
         vm_routes(engine),
+        pull_routes(engine),
+        push_routes(engine),
+        image_routes(engine),
         host_routes(engine),
         operation_routes(engine),
         config_routes(engine),

@@ -13,8 +13,12 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from lumed.errors import LumedError
 from lumed.model.request import (
+    BuildRequest,
     CloneRequest,
     CreateRequest,
+    PullRequest,
+    PushFormat,
+    PushRequest,
     RunRequest,
     ShareRequest,
     UpdateRequest,
@@ -336,6 +340,116 @@ class StopBody(_Body):
 
     storage: Storage = None
     force: bool | None = Field(None, description="End the machine at once, disks flushed")
+
+
+_Registry = Annotated[
+    Text | None, Field(description="Registry host, perhaps with a port", examples=["ghcr.io"])
+]
+_Organization = Annotated[
+    Text | None, Field(description="Organization name; empty for none", examples=["trycua"])
+]
+
+
+class PullBody(_Body):
+    """POST /lume/images/pull, /lume/pull and /lume/pull/start."""
+
+    model_config = _example(
+        {
+            "image": "macos-sequoia-vanilla:latest",
+            "registry": "ghcr.io",
+            "organization": "trycua",
+            "storage": "ssd",
+        }
+    )
+
+    image: Text = Field(
+        description="name, name:tag or name@sha256:…", examples=["macos-sequoia-vanilla:latest"]
+    )
+    registry: _Registry = None
+    organization: _Organization = None
+    name: VmName | None = Field(None, description="Name of the VM; the image's if absent")
+    storage: Storage = None
+    username: Text | None = None
+    password: Text | None = Field(None, repr=False)
+
+    def to_request(self) -> PullRequest:
+        """The request in the engine's words."""
+        return PullRequest(
+            image=self.image,
+            registry=self.registry,
+            organization=self.organization,
+            name=self.name,
+            storage=self.storage,
+            username=self.username,
+            password=self.password,
+        )
+
+
+class CancelPullBody(_Body):
+    """POST /lume/pull/cancel."""
+
+    name: Text
+
+
+def _push_format(value: Any) -> Any:
+    # KubeVirt writes containerDisk; people also write container-disk.
+    return value.lower().replace("-", "").replace("_", "") if isinstance(value, str) else value
+
+
+class PushBody(_Body):
+    """POST /lume/vms/push; format, username and password are lumed's own."""
+
+    name: VmName
+    image_name: Text = Field(validation_alias=AliasChoices("imageName", "image_name"))
+    tags: list[Text] = Field(min_length=1, max_length=64)
+    registry: _Registry = None
+    organization: _Organization = None
+    storage: Storage = None
+    chunk_size_mb: Number | None = Field(
+        None, validation_alias=AliasChoices("chunkSizeMb", "chunk_size_mb"), ge=1, le=4096
+    )
+    single_layer: bool | None = Field(
+        None, validation_alias=AliasChoices("singleLayer", "single_layer")
+    )
+    format: Annotated[PushFormat, BeforeValidator(_push_format)] | None = None
+    username: Text | None = None
+    password: Text | None = Field(None, repr=False)
+
+    def to_request(self) -> PushRequest:
+        """The request in the engine's words."""
+        return PushRequest(
+            name=self.name,
+            image_name=self.image_name,
+            tags=tuple(dict.fromkeys(self.tags)),
+            registry=self.registry,
+            organization=self.organization,
+            storage=self.storage,
+            chunk_bytes=(self.chunk_size_mb or 512) * MIB,
+            single_layer=bool(self.single_layer),
+            format=self.format or PushFormat.LUME,
+            username=self.username,
+            password=self.password,
+        )
+
+
+class BuildBody(_Body):
+    """POST /lume/images/build."""
+
+    image: Text = Field(description="What to build", examples=["debian:12"])
+    packages: list[Text] | None = Field(None, max_length=1000)
+    run: list[Text] | None = Field(
+        None, max_length=100, description="Shell commands in the guest's file system"
+    )
+
+    def to_request(self) -> BuildRequest:
+        """The request in the engine's words."""
+        return BuildRequest(self.image, tuple(self.packages or ()), tuple(self.run or ()))
+
+
+class PruneBody(_Body):
+    """POST /lume/prune; the body may be absent."""
+
+    dry_run: bool | None = Field(None, validation_alias=AliasChoices("dryRun", "dry_run"))
 
 
 class ConfigBody(_Body):

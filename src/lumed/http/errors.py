@@ -29,6 +29,7 @@ STATUS: tuple[tuple[type[errors.LumedError], int], ...] = (
     (errors.Damaged, 409),
     (errors.NotPossibleHere, 501),
     (errors.NoSpace, 507),
+    (errors.PullFailed, 400),
     (errors.RegistryFailed, 502),
     (errors.MissingDependency, 503),
     (errors.TimedOut, 504),

@@ -136,6 +136,51 @@ class MessageReply(BaseModel):
     message: str
 
 
+class PlatformObject(BaseModel):
+    """What runs an image."""
+
+    os: str
+    architecture: str
+
+
+class ImageObject(BaseModel):
+    """An image in the cache; the first two keys are Lume's. size is what it takes on the host."""
+
+    repository: str
+    imageId: str  # noqa: N815
+    id: str
+    name: str
+    names: list[str]
+    platform: PlatformObject
+    format: str
+    size: int
+    virtualSize: int  # noqa: N815
+    createdAt: str  # noqa: N815
+    lastUsedAt: str  # noqa: N815
+    vms: list[str]
+    digest: str | None = None
+
+
+class PushReply(BaseModel):
+    """A push that has begun; `GET /lume/operations/{operation}` tells how it goes."""
+
+    message: str
+    name: str
+    imageName: str  # noqa: N815
+    tags: list[str]
+    operation: str
+
+
+class PruneReply(BaseModel):
+    """What a prune removed, or would remove, and what it kept. Sizes in bytes."""
+
+    message: str
+    dryRun: bool  # noqa: N815
+    removed: list[ImageObject]
+    kept: list[ImageObject]
+    freed: int
+
+
 class OperationErrorObject(BaseModel):
     """Why an operation failed."""
 
@@ -156,6 +201,7 @@ class OperationObject(BaseModel):
     endedAt: str | None = None  # noqa: N815
     bytesDone: int | None = None  # noqa: N815
     bytesTotal: int | None = None  # noqa: N815
+    result: str | None = None
     failure: OperationErrorObject | None = None
 
 

@@ -10,6 +10,7 @@ from fastapi import Response
 
 from lumed import __version__
 from lumed.model.host import HostStatus
+from lumed.model.image import ImageView
 from lumed.model.operation import Operation
 from lumed.model.view import VmView
 from lumed.model.vm import VmState
@@ -113,6 +114,34 @@ class VmListEncoder:
         return Response(b"[" + b",".join(parts) + b"]", media_type="application/json")
 
 
+def image_object(image: ImageView) -> dict[str, Any]:
+    """An image; repository is its name without host, tag and digest, as Lume has it."""
+    reference = image.names[0]
+    host, slash, path = reference.partition("/")
+    if slash and host and not reference.startswith(("/", "~")):
+        path = path.partition("@")[0]
+        repository = path.rpartition(":")[0] or path
+    else:
+        repository = reference
+    shape: dict[str, Any] = {
+        "repository": repository,
+        "imageId": (image.about.digest or image.id).removeprefix("sha256:")[:12],
+        "id": image.id,
+        "name": image.names[0],
+        "names": list(image.names),
+        "platform": {"os": image.about.os.value, "architecture": image.about.architecture.value},
+        "format": image.format,
+        "size": image.allocated_bytes,
+        "virtualSize": image.virtual_size_bytes,
+        "createdAt": image.created_at,
+        "lastUsedAt": image.last_used_at,
+        "vms": list(image.vms),
+    }
+    if image.about.digest is not None:
+        shape["digest"] = image.about.digest
+    return shape
+
+
 def operation_object(operation: Operation) -> dict[str, Any]:
     """One operation."""
     shape: dict[str, Any] = {
@@ -127,6 +156,7 @@ def operation_object(operation: Operation) -> dict[str, Any]:
         "endedAt": operation.ended_at,
         "bytesDone": operation.bytes_done,
         "bytesTotal": operation.bytes_total,
+        "result": operation.result,
     }
     shape |= {key: value for key, value in optional.items() if value is not None}
     if operation.error is not None:

@@ -292,6 +292,22 @@ def drop_blob(directory: Path, blob: Descriptor) -> bool:
         os.close(fd)
 
 
+def drop_idle_blobs(directory: Path, *, dry_run: bool = False) -> int:
+    """Remove what no pull uses; the bytes that this frees, or would."""
+    freed_bytes = 0
+    for path in (directory / "sha256").glob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if _try_lock(fd, fcntl.F_WRLCK, _USING):
+                    freed_bytes += os.fstat(fd).st_blocks * 512
+                    if not dry_run:
+                        path.unlink(missing_ok=True)
+            finally:
+                os.close(fd)
+    return freed_bytes
+
+
 def _try_lock(fd: int, kind: int, byte: int) -> bool:
     request = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
     try:

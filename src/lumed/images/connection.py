@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urljoin, urlsplit
 
 from lumed.errors import RegistryFailed
-from lumed.images.copy import Stopped
 from lumed.images.oci import ConnectionLost
+from lumed.threads import Stopped
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

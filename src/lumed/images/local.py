@@ -51,6 +51,8 @@ _LONG_WORK_AT_ONCE = 4
 
 # Stage, bytes done, bytes to do (0, 0: unknown); called in the event loop.
 Report = Callable[[str, int, int], None]
+# Called with what an image says of itself, before its first byte is fetched; may refuse it.
+Accept = Callable[[ImageAbout], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,16 @@ class ImageCache:
     def blobs(self) -> Path:
         """Where unfinished downloads lie."""
         return self._directory.parent / "blobs"
+
+    @property
+    def scratch(self) -> Path:
+        """Where parts of a disk lie while they are pushed."""
+        return self._directory.parent / "pushes" / "scratch"
+
+    @property
+    def push_records(self) -> Path:
+        """What is known of earlier pushes, so that an interrupted one goes on."""
+        return self._directory.parent / "pushes"
 
     @property
     def builtin_names(self) -> frozenset[str]:

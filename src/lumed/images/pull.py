@@ -28,7 +28,6 @@ from lumed.images.blobs import (
     drop_blob,
     get_blob_path,
 )
-from lumed.images.copy import Stopped
 from lumed.images.decode import (
     HEAD_BYTES,
     MAX_WINDOW_BYTES,
@@ -45,6 +44,7 @@ from lumed.images.oci import Descriptor
 from lumed.images.qcow2 import MAX_VIRTUAL_BYTES
 from lumed.images.sparse import SparseWriter, TooLong
 from lumed.images.tar import TarDisk
+from lumed.threads import Stopped
 
 __all__ = [
     "BlobSource",

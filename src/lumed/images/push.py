@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from enum import StrEnum
 from functools import partial
 from heapq import nlargest
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Protocol
 from lumed.errors import InvalidField
 from lumed.files import check_free_space, full_disk_is_no_space
 from lumed.images import manifests
-from lumed.images.copy import Stopped
 from lumed.images.diskmap import BLOCK_BYTES, DiskMap, read_map
 from lumed.images.flatqcow2 import FlatQcow2
 from lumed.images.formats import lume
@@ -43,7 +41,9 @@ from lumed.images.oci import (
 from lumed.images.pushrecord import PushRecord
 from lumed.images.reference import ImageReference
 from lumed.images.staging import Staging, sweep_staging
+from lumed.model.request import PushFormat
 from lumed.osproc import run_tool_blocking
+from lumed.threads import Stopped
 from lumed.units import MIB
 
 DEFAULT_CHUNK_BYTES = 512 * MIB
@@ -57,13 +57,6 @@ _CONTAINER_USER = 107  # qemu, in KubeVirt's own images
 
 # Stage, bytes done, bytes to do (0, 0: unknown); called from several threads, one at a time.
 Report = Callable[[str, int, int], None]
-
-
-class PushFormat(StrEnum):
-    """What a VM becomes in the registry."""
-
-    LUME = "lume"
-    CONTAINER_DISK = "container-disk"
 
 
 class PushTarget(Protocol):

@@ -18,7 +18,6 @@ from urllib.parse import urlencode, urlsplit
 from lumed.errors import RegistryFailed
 from lumed.images.auth import Credentials
 from lumed.images.connection import join_url, parse_url
-from lumed.images.copy import Stopped
 from lumed.images.oci import (
     MANIFEST_TYPES,
     MAX_MANIFEST_BYTES,
@@ -39,6 +38,7 @@ from lumed.images.registry_http import (
     RegistryHttp,
     Reply,
 )
+from lumed.threads import Stopped
 
 MAX_SMALL_BLOB_BYTES = 8 << 20
 # A registry with a slow store is silent while it checks and moves a large blob.

@@ -27,8 +27,8 @@ from lumed.images.auth import (
     parse_token,
 )
 from lumed.images.connection import Connection, NoTls, Origin, join_url, parse_url
-from lumed.images.copy import Stopped
 from lumed.images.oci import ConnectionLost
+from lumed.threads import Stopped
 
 MAX_ERROR_BYTES = 64 << 10
 # Tries of one request, and breaks of one upload without progress.

@@ -27,7 +27,11 @@ class OperationError:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One long action. Times are UTC (RFC 3339); bytes are None where nothing is counted."""
+    """One long action. Times are UTC (RFC 3339); bytes are None where nothing is counted.
+
+    result is what came of it, such as the digest of a pushed image; a dismissed failure is no
+    longer told where its VM would be.
+    """
 
     id: str
     action: str
@@ -39,6 +43,8 @@ class Operation:
     bytes_done: int | None = None
     bytes_total: int | None = None
     error: OperationError | None = None
+    result: str | None = None
+    dismissed: bool = False
 
     @property
     def is_over(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from lumed.model.run import VncMode
 from lumed.model.vm import Display, Firmware, GuestOs, PortForward
@@ -68,3 +69,53 @@ class RunRequest:
     network: str | None = None
     vnc: VncMode = VncMode.ENABLED
     storage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequest:
+    """An image to be fetched, and the VM to be made from it.
+
+    image is `name`, `name:tag` or `name@sha256:…`; registry and organization None are the
+    configured ones, an organization "" is none. The VM's name None is the image's, without tag.
+    """
+
+    image: str
+    registry: str | None = None
+    organization: str | None = None
+    name: str | None = None
+    storage: str | None = None
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+class PushFormat(StrEnum):
+    """How an image lies in a registry: as Lume reads it, or as KubeVirt does."""
+
+    LUME = "lume"
+    CONTAINER_DISK = "containerdisk"
+
+
+@dataclass(frozen=True, slots=True)
+class PushRequest:
+    """A stopped VM to be sent to a registry, under each of `tags`. chunk_bytes: Lume's slices."""
+
+    name: str
+    image_name: str
+    tags: tuple[str, ...]
+    registry: str | None = None
+    organization: str | None = None
+    storage: str | None = None
+    chunk_bytes: int = 512 << 20
+    single_layer: bool = False
+    format: PushFormat = PushFormat.LUME
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """A guest image to be built here: `debian:12` with more packages, then commands in it."""
+
+    image: str
+    packages: tuple[str, ...] = ()
+    run: tuple[str, ...] = ()

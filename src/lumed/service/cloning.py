@@ -109,6 +109,8 @@ class _Copying:
         """The disk with all that it rests on, and the UEFI variables."""
         with full_disk_is_no_space(self._target.path, f"clone {self._source.name}"):
             self._make_disk()
+            if self._source.image_link.exists():
+                link_file(self._source.image_link, self._target.image_link)
             if self._source.uefi_vars.exists():
                 self._copy(self._source.uefi_vars, self._target.uefi_vars)
 

@@ -6,12 +6,11 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lumed.engine import Accepted
 from lumed.errors import (
-    AlreadyExists,
     Busy,
     InvalidField,
     LumedError,
@@ -22,8 +21,16 @@ from lumed.images.local import ImageCache
 from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
 from lumed.model.host import Accelerator, HostStatus
+from lumed.model.image import ImageView, Pruned
 from lumed.model.operation import Operation, OperationStatus
-from lumed.model.request import CloneRequest, CreateRequest, RunRequest, UpdateRequest
+from lumed.model.request import (
+    CloneRequest,
+    CreateRequest,
+    PullRequest,
+    PushRequest,
+    RunRequest,
+    UpdateRequest,
+)
 from lumed.model.view import VmView
 from lumed.model.vm import DiskFormat, VmConfig
 from lumed.network.start import sweep_networks
@@ -32,11 +39,15 @@ from lumed.service.cloning import make_clone, request_of_clone
 from lumed.service.gate import Gate
 from lumed.service.host import free_bytes, read_logs, read_memory
 from lumed.service.keeper import SettingsKeeper
+from lumed.service.library import Library
 from lumed.service.live import LiveMachine
+from lumed.service.making import Making, Work
 from lumed.service.operations import Operations, RunningOperation
 from lumed.service.power import Power, RescueSystem
 from lumed.service.provisioning import Provisioning
+from lumed.service.sources import Sources, get_image
 from lumed.service.tasks import TaskOwner
+from lumed.service.transfer import Pulls, plan_push
 from lumed.service.view import Views, view_of_request
 from lumed.settings import Settings
 from lumed.store.disk import grow
@@ -57,15 +68,6 @@ _CLONE_PATIENCE_S = 50.0
 _SCREENSHOT_S = 5.0
 _STARTING = frozenset({"run"})
 _CHANGING = frozenset({"clone", "update"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A VM that is being made."""
-
-    request: CreateRequest
-    location_name: str
-    operation_id: str
 
 
 class LocalEngine:
@@ -90,9 +92,18 @@ class LocalEngine:
         self._operations = Operations(home.operations, tasks)
         self._gate = Gate()
         self._views = Views()
-        self._provisioning = Provisioning(images)
+        self._making = Making(self._index, self._gate, self._operations)
+        self._sources = Sources(images, lambda: self._keeper.settings)
+        self._provisioning = Provisioning(self._sources)
+        self._pulls = Pulls(
+            self._index,
+            self._making,
+            self._sources,
+            self._provisioning,
+            lambda: self._keeper.settings,
+        )
+        self._library = Library(images, self._index)
         self._power = Power(home, driver, tasks, self._accelerator_name, self._get_rescue)
-        self._pending: dict[str, _Pending] = {}
 
     async def open(self) -> None:
         """Sweep what a killed server left, and take up its machines."""
@@ -120,42 +131,31 @@ class LocalEngine:
         """See Engine."""
         location = None if storage is None else self._index.locations.get(storage)[0]
         # Taken before the look at the disk: a VM that is published meanwhile is seen there.
-        pending = list(self._pending.values())
+        pending = self._making.list_views(location)
         stored = await asyncio.to_thread(self._index.list_vms, location)
         if self._power.live:
             await asyncio.gather(*(live.check() for live in self._power.live.values()))
         views = [self._view(vm) for vm in stored]
         names = {view.name for view in views}
-        for one in pending:
-            if one.request.name not in names and location in (None, one.location_name):
-                views.append(self._view_pending(one))
+        views += (view for view in pending if view.name not in names)
         return sorted(views, key=lambda view: view.name) if pending else views
 
     async def get_vm(self, name: str, storage: str | None = None) -> VmView:
         """See Engine."""
-        pending = self._pending.get(name)
         location = None if storage is None else self._index.locations.get(storage)[0]
+        # Taken before the look at the disk, as in list_vms.
+        pending = self._making.find_view(name, location)
         try:
             stored = await asyncio.to_thread(self._index.get, name, location)
         except NotFound as error:
-            if pending is not None and location in (None, pending.location_name):
-                return self._view_pending(pending)
-            raise self._explain_absence(name, error) from None
+            if pending is not None:
+                return pending
+            self._making.check_pulled(name)
+            raise self._making.explain_absence(name, error) from None
         live = self._power.live.get(stored.vm_dir.path)
         if live is not None:
             await live.check()
         return self._view(stored)
-
-    def _explain_absence(self, name: str, error: NotFound) -> NotFound:
-        """The reason of a failed create, where a person looks for the VM first."""
-        last = self._operations.find_last(name, "create")
-        if error.hint is not None or last is None or last.error is None:
-            return error
-        return NotFound(
-            error.message,
-            hint=f"its creation failed: {last.error.message} (operation {last.id})",
-            fields={"operation": last.id},
-        )
 
     def _view(self, stored: StoredVm) -> VmView:
         path = stored.vm_dir.path
@@ -163,60 +163,24 @@ class LocalEngine:
         operation = self._operations.find_running(stored.name) if action else None
         return self._views.of(stored, self._power.live.get(path), operation)
 
-    def _view_pending(self, pending: _Pending) -> VmView:
-        return view_of_request(pending.request, pending.location_name, pending.operation_id)
-
     # Making and changing
 
     async def create_vm(self, request: CreateRequest) -> Accepted:
         """See Engine."""
-        name = request.name
         location_name, location = self._index.locations.get(request.storage)
-        async with self._new_name(name):
-            choice = await self._provisioning.check(
-                request, location, self._keeper.settings.default_image
-            )
-            request = replace(request, image=None if choice is None else choice.name)
+
+        async def prepare() -> tuple[VmView, Work]:
+            source = await self._provisioning.check(request, location)
+            named = replace(request, image=None if source is None else source.name)
             await asyncio.to_thread(self._index.locations.remember, location)
 
             async def work(operation: RunningOperation) -> None:
-                await self._provisioning.make(request, choice, location, operation)
+                image = None if source is None else await get_image(source, operation)
+                await self._provisioning.make(named, image, location, operation)
 
-            operation = await self._start_making("create", request, location_name, work)
-        return Accepted(self._view_pending(self._pending[name]), operation)
+            return view_of_request(named, location_name), work
 
-    @contextlib.asynccontextmanager
-    async def _new_name(self, name: str) -> AsyncIterator[None]:
-        """Hold a name that is free; if the block fails it is free again."""
-        exists = AlreadyExists(f"Virtual machine already exists with name: {name}")
-        if self._gate.action(name) is not None:
-            raise exists
-        self._gate.enter(name, "create", name)
-        try:
-            if await asyncio.to_thread(self._index.find, name) is not None:
-                raise exists
-            yield
-        except BaseException:
-            self._gate.leave(name)
-            raise
-
-    async def _start_making(
-        self,
-        action: str,
-        request: CreateRequest,
-        location_name: str,
-        work: Callable[[RunningOperation], Awaitable[None]],
-    ) -> Operation:
-        """Begin to make a VM, last in a block of `_new_name`; the name is held until it is over."""
-        name = request.name
-
-        def on_over() -> None:
-            self._pending.pop(name, None)
-            self._gate.leave(name)
-
-        operation = await self._operations.start(action, name, work, on_over=on_over)
-        self._pending[name] = _Pending(request, location_name, operation.id)
-        return operation
+        return await self._making.begin("create", request.name, prepare)
 
     async def clone_vm(self, request: CloneRequest) -> VmView:
         """See Engine."""
@@ -226,20 +190,23 @@ class LocalEngine:
         location_name, location = self._index.locations.get(request.dest_location)
         made = request_of_clone(name, _config_of(source))
 
-        async def work(operation: RunningOperation) -> None:
-            async with self._gate.wait_for(
-                path, "clone", source.name, behind=_CHANGING, timeout_s=_CLONE_PATIENCE_S
-            ):
-                # Looked at again: it may have been changed or run until it was our turn.
-                now = await self._get_stored(source.name, source.location_name)
-                self._check_stopped(now)
-                await make_clone(now.vm_dir, _config_of(now), name, location, operation)
-            _log.info("vm cloned", vm=source.name, clone=name)
-
-        async with self._new_name(name):
+        async def prepare() -> tuple[VmView, Work]:
             await asyncio.to_thread(self._index.locations.remember, location)
-            operation = await self._start_making("clone", made, location_name, work)
-        await self._finish(operation)
+
+            async def work(operation: RunningOperation) -> None:
+                async with self._gate.wait_for(
+                    path, "clone", source.name, behind=_CHANGING, timeout_s=_CLONE_PATIENCE_S
+                ):
+                    # Looked at again: it may have been changed or run until it was our turn.
+                    now = await self._get_stored(source.name, source.location_name)
+                    self._check_stopped(now)
+                    await make_clone(now.vm_dir, _config_of(now), name, location, operation)
+                _log.info("vm cloned", vm=source.name, clone=name)
+
+            return view_of_request(made, location_name), work
+
+        accepted = await self._making.begin("clone", name, prepare)
+        await self.finish_operation(accepted.operation.id)
         return await self.get_vm(name, location_name)
 
     async def update_vm(self, name: str, request: UpdateRequest) -> VmView:
@@ -271,11 +238,10 @@ class LocalEngine:
 
     async def delete_vm(self, name: str, storage: str | None = None) -> None:
         """See Engine."""
-        if (pending := self._pending.get(name)) is not None:
-            with contextlib.suppress(WrongState):
-                await self._operations.cancel(pending.operation_id)
-            if await asyncio.to_thread(self._index.find, name) is None:
-                return
+        was_unfinished = await self._making.cancel(name)
+        was_unfinished |= await self._making.dismiss_failure(name)
+        if was_unfinished and await asyncio.to_thread(self._index.find, name) is None:
+            return
         stored = await self._get_stored(name, storage)
         path = stored.vm_dir.path
         async with self._gate.wait_for(
@@ -339,7 +305,7 @@ class LocalEngine:
                     await self._power.stop(live, force=force)
 
                 operation = await self._operations.start("stop", name, work)
-                await self._finish(operation)
+                await self.finish_operation(operation.id)
         return self._view(await self._get_stored(name, stored.location_name))
 
     async def take_screenshot(self, name: str, storage: str | None = None) -> bytes:
@@ -362,12 +328,6 @@ class LocalEngine:
         except TimeoutError:
             raise Busy(f"{live.vm_dir.name} is still being stopped") from None
 
-    async def _finish(self, operation: Operation) -> None:
-        """Wait for an operation that was begun for this request; raise what it failed with."""
-        over = await self._operations.wait(operation.id, None)
-        if over.status is not OperationStatus.SUCCEEDED:
-            raise self._operations.get_failure(operation.id)
-
     def _check_stopped(self, stored: StoredVm) -> None:
         live = self._power.live.get(stored.vm_dir.path)
         if live is not None:
@@ -381,13 +341,50 @@ class LocalEngine:
         try:
             return await asyncio.to_thread(self._index.get, name, location)
         except NotFound as error:
-            pending = self._pending.get(name)
-            if pending is not None and location in (None, pending.location_name):
+            if self._making.find_view(name, location) is not None:
                 raise Busy(
                     f"Virtual machine is still being provisioned: {name}",
                     fields={"action": "create", "name": name},
                 ) from None
-            raise self._explain_absence(name, error) from None
+            raise self._making.explain_absence(name, error) from None
+
+    # Images
+
+    async def pull_vm(self, request: PullRequest) -> Accepted:
+        """See Engine."""
+        return await self._pulls.begin(request)
+
+    async def cancel_pull(self, name: str) -> None:
+        """See Engine."""
+        await self._pulls.cancel(name)
+
+    async def push_vm(self, request: PushRequest) -> Operation:
+        """See Engine."""
+        stored = await self._get_stored(request.name, request.storage)
+        path = stored.vm_dir.path
+        self._gate.enter(path, "push", request.name)
+        try:
+            self._check_stopped(stored)
+            settings = self._keeper.settings
+            work = plan_push(request, stored.vm_dir, _config_of(stored), self._images, settings)
+            return await self._operations.start(
+                "push", request.name, work, on_over=lambda: self._gate.leave(path)
+            )
+        except BaseException:
+            self._gate.leave(path)
+            raise
+
+    async def list_images(self) -> list[ImageView]:
+        """See Engine."""
+        return await self._library.list_images()
+
+    async def delete_image(self, name: str) -> ImageView:
+        """See Engine."""
+        return await self._library.remove(name)
+
+    async def prune_images(self, *, dry_run: bool) -> Pruned:
+        """See Engine."""
+        return await self._library.prune(dry_run=dry_run)
 
     # Operations
 
@@ -398,6 +395,13 @@ class LocalEngine:
     def get_operation(self, operation_id: str) -> Operation:
         """See Engine."""
         return self._operations.get(operation_id)
+
+    async def finish_operation(self, operation_id: str) -> Operation:
+        """See Engine."""
+        over = await self._operations.wait(operation_id, None)
+        if over.status is not OperationStatus.SUCCEEDED:
+            raise self._operations.get_failure(operation_id)
+        return over
 
     async def cancel_operation(self, operation_id: str) -> Operation:
         """See Engine. A stop cannot be called back."""
@@ -416,7 +420,7 @@ class LocalEngine:
         with contextlib.suppress(LumedError):
             accelerator = await self._find_accelerator()
         return HostStatus(
-            vm_count=len(stored) + len(self._pending),
+            vm_count=len(stored) + len(self._making),
             running_count=len(self._power.live),
             max_vms=max(total // GIB, len(self._power.live)),
             cpu_count=os.cpu_count() or 1,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,6 +50,10 @@ class RunningOperation:
         known = (done, total) if total else (None, None)
         self._registry.change(self.id, stage=stage, bytes_done=known[0], bytes_total=known[1])
 
+    def tell_result(self, result: str) -> None:
+        """Tell what came of it."""
+        self._registry.change(self.id, result=result)
+
 
 class Operations:
     """All operations of this home, the running ones and the latest that are over."""
@@ -76,10 +80,14 @@ class Operations:
         except KeyError:
             raise NotFound(f"Operation not found: {operation_id}") from None
 
-    def find_last(self, target: str, action: str) -> Operation | None:
-        """The newest operation of that kind on that VM."""
-        matching = (op for op in self.list_all() if (op.target, op.action) == (target, action))
+    def find_last(self, target: str, actions: Collection[str]) -> Operation | None:
+        """The newest operation of one of those kinds on that VM."""
+        matching = (op for op in self.list_all() if op.target == target and op.action in actions)
         return next(matching, None)
+
+    async def dismiss(self, operation_id: str) -> None:
+        """Do not tell of a failure any more; it stays in the list."""
+        await self._keep(self.change(operation_id, dismissed=True))
 
     def find_running(self, target: str) -> str | None:
         """The id of the operation that runs on that VM."""

@@ -98,11 +98,13 @@ def _broken(stored: StoredVm, live: LiveMachine | None) -> VmView:
     )
 
 
-def view_of_request(request: CreateRequest, location_name: str, operation: str) -> VmView:
+def view_of_request(
+    request: CreateRequest, location_name: str, state: VmState = VmState.PROVISIONING
+) -> VmView:
     """A VM that is being made, from what was asked for."""
     return VmView(
         name=request.name,
-        state=VmState.PROVISIONING,
+        state=state,
         os=request.os,
         cpu_count=request.cpu_count,
         memory_bytes=request.memory_bytes,
@@ -112,8 +114,7 @@ def view_of_request(request: CreateRequest, location_name: str, operation: str) 
         location_name=location_name,
         network=request.network,
         image=request.image,
-        operation=operation,
-        operation_action="create",
+        operation_action="pull" if state is VmState.PULLING else "create",
     )
 
 

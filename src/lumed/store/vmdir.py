@@ -46,6 +46,14 @@ class VmDir:
         return self.path / "disk.qcow2"
 
     @property
+    def image_link(self) -> Path:
+        """A second name of the image's disk, so that the kernel knows it is in use; may be absent.
+
+        The disk itself names the image by its path in the cache.
+        """
+        return self.path / "image.link"
+
+    @property
     def uefi_vars(self) -> Path:
         """UEFI variables, qcow2 so that snapshots can hold them."""
         return self.path / "uefi-vars.qcow2"
