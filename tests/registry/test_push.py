@@ -140,6 +140,15 @@ def test_each_step_of_an_upload_can_need_a_new_token(
     assert [proxy.count(method, "") for method in ("POST", "PATCH", "PUT")] == [2, 2, 2]
 
 
+def test_one_token_does_for_the_question_and_the_push(proxy: FaultProxy, file: File) -> None:
+    proxy.ask_token()
+    with connect(proxy.host) as client:
+        assert not client.has_blob(REPOSITORY, file.digest)
+        client.upload_blob(REPOSITORY, file.path, file.digest, report=file.told.append)
+    # Though the challenge to a HEAD asks for no more than pull.
+    assert proxy.count("GET", "/token") == 1
+
+
 def test_a_file_of_another_digest_is_refused_by_the_registry(
     registry: RunningRegistry, file: File
 ) -> None:

@@ -131,6 +131,21 @@ def test_a_manifest_with_other_bytes_is_refused(proxy: FaultProxy, image: str) -
                 client.get_manifest(reference, ["amd64"])
 
 
+def test_a_manifest_of_another_digest_is_refused(proxy: FaultProxy) -> None:
+    proxy.answer("/manifests/", 200, body=b"{}")
+    with connect(proxy.host) as client, pytest.raises(RegistryFailed, match="wrong bytes"):
+        client.get_manifest(refer(proxy.host, digest=DIGEST), ["amd64"])
+
+
+def test_a_stream_that_is_left_early_disturbs_nothing(
+    registry: RunningRegistry, image: str
+) -> None:
+    with connect(registry.host) as client:
+        with client.open_blob(REPOSITORY, DESCRIPTOR) as stream:
+            assert stream.readinto(memoryview(bytearray(10))) == 10
+        assert read_all(client) == BLOB
+
+
 def test_a_small_blob_with_other_bytes_is_refused(proxy: FaultProxy, image: str) -> None:
     proxy.flip(at=1)
     with (
