@@ -28,6 +28,7 @@ class Settings:
     locations maps names to absolute paths and holds only what was configured; the built-in
     ones (`home`, `ssd` and so on) are folders of the home until they appear here.
     insecure_registries ("host:port") may be spoken to without TLS; it is only read, never written.
+    mirrors maps names of the catalog's mirrors to other URLs, for instance of a local copy.
     """
 
     default_location: str = "home"
@@ -39,6 +40,7 @@ class Settings:
     organization: str = "trycua"
     accelerator: str | None = None
     insecure_registries: tuple[str, ...] = ()
+    mirrors: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
 
 
@@ -48,6 +50,11 @@ def settings_path(home: Path, *, named: bool) -> Path:
         return home / "config.yaml"
     config_home = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
     return Path(config_home) / "lume" / "config.yaml"
+
+
+def catalog_path(settings: Path) -> Path:
+    """Where the user's additions to the image catalog are: beside the settings."""
+    return settings.with_name("images.yaml")
 
 
 def read_settings(path: Path) -> Settings:
@@ -105,8 +112,20 @@ def _from_yaml(data: dict[str, object], path: Path) -> Settings:
         insecure_registries=tuple(
             map(str, cast("list[object]", data.get("insecureRegistries") or []))
         ),
+        mirrors=_mirrors(data.get("mirrors")),
         path=path,
     )
+
+
+def _mirrors(value: object) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError("mirrors is no mapping of names to URLs")
+    for name, url in value.items():
+        if not str(url).startswith(("http://", "https://")):
+            raise ValueError(f"the mirror {name} is {url!r:.100}, which is no http or https URL")
+    return {str(name): str(url) for name, url in value.items()}
 
 
 def _directory(value: object, what: str) -> str:

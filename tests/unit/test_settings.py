@@ -184,3 +184,20 @@ def test_a_named_home_has_its_own_settings(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert settings_path(tmp_path, named=False) == tmp_path / ".config/lume/config.yaml"
+
+
+def test_mirrors_are_read_and_survive_a_write(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("mirrors:\n  debian: http://127.0.0.1:1234/cloud\n")
+    settings = read_settings(path)
+    assert settings.mirrors == {"debian": "http://127.0.0.1:1234/cloud"}
+    write_settings(replace(settings, default_image="debian:12"))
+    assert read_settings(path).mirrors == settings.mirrors
+
+
+@pytest.mark.parametrize("mirrors", ["debian", "{debian: ftp://mirror}", "{debian: 5}"])
+def test_a_mirror_that_is_no_url_is_told(tmp_path: Path, mirrors: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"mirrors: {mirrors}\n")
+    with pytest.raises(Damaged, match="mirror"):
+        read_settings(path)
