@@ -175,7 +175,7 @@ def run_tool_blocking(
         raise TimedOut(f"{name} did not end within {timeout_s:g} s") from error
     except BaseException:
         _kill_session(process)
-        process.wait()
+        process.communicate()  # unlike wait, it also closes the pipes
         raise
     if process.returncode != 0:
         words = err.decode(errors="replace").strip()[-_LAST_WORDS:]
