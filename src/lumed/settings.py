@@ -17,7 +17,7 @@ from lumed.errors import Damaged, InvalidField
 from lumed.files import expand_path, write_atomic
 from lumed.naming import check_location_name
 
-DEFAULT_IMAGE = "tiny"
+DEFAULT_IMAGE = "debian:12"
 BUILTIN_LOCATIONS = ("home", "ssd", "hdd", "nvme", "ephemeral")
 
 

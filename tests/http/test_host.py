@@ -116,7 +116,7 @@ async def test_the_settings_have_lumes_keys(client: Client, home: Home) -> None:
     assert config["cacheDirectory"] == str(home.cache)
     assert config["cachingEnabled"] is True
     assert config["telemetryEnabled"] is False
-    assert config["defaultImage"] == "tiny"
+    assert config["defaultImage"] == "debian:12"
     assert config["registry"]["ghcr"] == {"registry": "ghcr.io", "organization": "trycua"}
 
 
@@ -127,7 +127,7 @@ async def test_settings_change_and_survive_the_server(
         changes = {
             "cacheDirectory": str(tmp_path / "cache"),
             "cachingEnabled": False,
-            "defaultImage": "/images/other.qcow2",
+            "defaultImage": "debian:13",
             "homeDirectory": str(tmp_path / "vms"),
         }
         reply = await client.post(CONFIG, json=changes)
@@ -196,7 +196,7 @@ async def test_a_location_is_added_used_and_removed(client: Client, tmp_path: Pa
 async def test_a_default_image_must_be_one_that_could_be(client: Client) -> None:
     reply = await client.post(CONFIG, json={"defaultImage": "vista"})
     assert (reply.status_code, list(reply.json()["fields"])) == (422, ["defaultImage"])
-    assert (await client.get(CONFIG)).json()["defaultImage"] == "tiny"
+    assert (await client.get(CONFIG)).json()["defaultImage"] == "debian:12"
 
 
 async def test_a_built_in_location_may_get_a_folder_of_its_own(

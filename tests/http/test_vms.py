@@ -282,6 +282,9 @@ async def test_macos_guests_are_refused_with_their_reason(client: Client) -> Non
 
 
 async def test_ipsw_names_an_image_and_latest_is_the_default_one(client: Client) -> None:
+    assert (await client.get("/lume/config")).json()["defaultImage"] == "debian:12"
+    reply = await client.post("/lume/config", json={"defaultImage": "tiny"})
+    assert reply.status_code == 200
     assert (await create(client, "a", ipsw="latest"))["image"] == "tiny"
     assert (await create(client, "b", ipsw="tiny"))["image"] == "tiny"
     reply = await client.post(VMS, json={"name": "c", **SMALL, "ipsw": "vista"})

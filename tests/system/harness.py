@@ -228,7 +228,7 @@ def running_server(
 ) -> Iterator[Server]:
     """A server on a new home that uses a shared image cache; all of it gone at the end."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (home / "config.yaml").write_text(f"cacheDirectory: {cache}\n")
+    (home / "config.yaml").write_text(f"cacheDirectory: {cache}\ndefaultImage: tiny\n")
     server = Server(home, env=env)
     try:
         if start:

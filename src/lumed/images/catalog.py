@@ -61,6 +61,11 @@ class Catalog:
         """Every name, sorted; no aliases."""
         return sorted(self.images)
 
+    @property
+    def every_name(self) -> list[str]:
+        """Every name and alias."""
+        return [*self.names, *sorted(self.aliases)]
+
     def knows(self, name: str) -> bool:
         """Whether get() would find the name."""
         return self.aliases.get(name, name) in self.images
@@ -73,8 +78,7 @@ class Catalog:
         """
         found = self.images.get(self.aliases.get(name, name))
         if found is None:
-            known = [*self.images, *self.aliases]
-            close = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or sorted(self.images)
+            close = difflib.get_close_matches(name, self.every_name, n=3, cutoff=0.5) or self.names
             reason = f"{name!r:.100} is in no catalog"
             raise InvalidField(
                 f"image {reason}", hint=f"known are {', '.join(close)}", fields={"image": reason}

@@ -24,8 +24,8 @@ from lumed.claim import RunLock, take_lock
 from lumed.errors import RegistryFailed
 from lumed.files import check_free_space, full_disk_is_no_space
 from lumed.images.connection import Connection, parse_url
-from lumed.images.copy import Stopped
 from lumed.images.oci import ConnectionLost
+from lumed.threads import Stopped
 
 _CHUNK_BYTES = 1 << 20
 _QUIET_S = 30.0

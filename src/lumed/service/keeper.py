@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,20 @@ from lumed.store.locations import Locations
 class SettingsKeeper:
     """Holds the settings of a home. No change of them hides a VM."""
 
-    def __init__(self, home: Home, settings: Settings, index: VmIndex, images: ImageCache) -> None:
+    def __init__(
+        self,
+        home: Home,
+        settings: Settings,
+        index: VmIndex,
+        images: ImageCache,
+        check_image: Callable[[str, str], Awaitable[object]],
+    ) -> None:
+        """check_image raises InvalidField for a name of no image, with the field's name."""
         self._home = home
         self._settings = settings
         self._index = index
         self._images = images
+        self._check_image = check_image
 
     @property
     def settings(self) -> Settings:
@@ -51,16 +61,13 @@ class SettingsKeeper:
         if caching_enabled is not None:
             settings = replace(settings, caching_enabled=caching_enabled)
         if default_image is not None:
-            settings = replace(settings, default_image=self._check_image(default_image))
+            if default_image == "latest":
+                reason = "latest stands for the default image; name another"
+                raise InvalidField(f"defaultImage: {reason}", fields={"defaultImage": reason})
+            await self._check_image(default_image, "defaultImage")
+            settings = replace(settings, default_image=default_image)
         await self._apply(settings)
         return self.settings
-
-    def _check_image(self, name: str) -> str:
-        if name not in self._images.builtin_names and "/" not in name:
-            known = ", ".join(sorted(self._images.builtin_names))
-            reason = f"{name!r:.80} is not known; known are {known}, or a path of a disk image"
-            raise InvalidField(f"defaultImage: {reason}", fields={"defaultImage": reason})
-        return name
 
     async def add_location(self, name: str, path: str) -> Path:
         """Configure a location; a built-in name may be given another folder once."""

@@ -88,12 +88,12 @@ class LocalEngine:
         self._find_accelerator = find_accelerator
         self._tasks = tasks
         self._index = VmIndex(Locations(home, settings))
-        self._keeper = SettingsKeeper(home, settings, self._index, images)
+        self._sources = Sources(images, lambda: self._keeper.settings)
+        self._keeper = SettingsKeeper(home, settings, self._index, images, self._sources.choose)
         self._operations = Operations(home.operations, tasks)
         self._gate = Gate()
         self._views = Views()
         self._making = Making(self._index, self._gate, self._operations)
-        self._sources = Sources(images, lambda: self._keeper.settings)
         self._provisioning = Provisioning(self._sources)
         self._pulls = Pulls(
             self._index,

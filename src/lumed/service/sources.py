@@ -8,6 +8,7 @@ the catalog.
 from __future__ import annotations
 
 import asyncio
+import difflib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,9 @@ from lumed.images.inspect import DiskFacts, inspect_disk
 from lumed.images.local import Accept, ImageCache, Report
 from lumed.images.record import CachedImage
 from lumed.images.reference import ImageReference, parse_full_reference
+from lumed.model.vm import Architecture
 from lumed.service.operations import RunningOperation
-from lumed.settings import Settings
+from lumed.settings import Settings, catalog_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,25 @@ class Sources:
                 raise _refuse(field, f"{name!r:.80} {error}") from error
             facts = await inspect_disk(file)
             return Source(str(file), partial(self._cache.import_file, file), facts)
-        known = ", ".join(sorted(self._cache.builtin_names))
-        raise _refuse(field, f"{name!r:.80} is not known; known are {known}, or a path")
+        return await self._choose_vendor(name, field)
+
+    async def _choose_vendor(self, name: str, field: str) -> Source:
+        # With its HTTP client: only when needed.
+        from lumed.images.catalog import get_vendor_image, read_catalog
+
+        settings = self._settings()
+        extra = None if settings.path is None else catalog_path(settings.path)
+        catalog = await asyncio.to_thread(read_catalog, extra, settings.mirrors)
+        if not catalog.knows(name):
+            close = difflib.get_close_matches(name, catalog.every_name, n=3, cutoff=0.5)
+            known = ", ".join(close or (*sorted(self._cache.builtin_names), *catalog.names))
+            raise _refuse(
+                field,
+                f"{name!r:.80} is not known; known are {known}, "
+                "a path, or a full reference such as ghcr.io/org/name:tag",
+            )
+        image = catalog.get(name, Architecture.AMD64)
+        return Source(image.name, partial(get_vendor_image, self._cache, image))
 
     async def choose_remote(
         self,
