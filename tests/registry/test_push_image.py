@@ -21,6 +21,7 @@ import pytest
 
 from lumed.errors import InvalidField, NoSpace, RegistryFailed, ToolFailed
 from lumed.images import push
+from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import plan_image
 from lumed.images.gzipper import Gzipper
 from lumed.images.manifests import PushSource
@@ -218,26 +219,35 @@ class Pulled:
         self.open_blob = partial(client.open_blob, repository)
 
 
+def pull(world: World, target: Path) -> ImagePlan:
+    """Pull the tag "1" as this server would; the plan says what the image says."""
+    with Registry(world.proxy.host) as client:
+        manifest = client.get_manifest(world.refer("1"), ["amd64"])
+        plan = plan_image(manifest, client.get_blob(world.repository, manifest.config))
+        source, blobs = Pulled(client, world.repository), target.with_name("blobs")
+        pull_disk(source, plan, blobs, target, stop=world.stop, report=lambda *_: None)
+    return plan
+
+
 @pytest.mark.parametrize("single_layer", [False, True])
 def test_what_was_pushed_is_pulled_byte_for_byte(
     world: World, disk: Path, tmp_path: Path, single_layer: bool
 ) -> None:
     world.push(vm(disk), single_layer=single_layer)
-    with Registry(world.proxy.host) as client:
-        source = Pulled(client, world.repository)
-        manifest = client.get_manifest(world.refer("1"), ["arm64"])
-        plan = plan_image(manifest, client.get_blob(world.repository, manifest.config))
-        assert (plan.architecture, plan.cpu_count) == ("amd64", 3)
-        assert (plan.memory_bytes, plan.display) == (2 << 30, Display(800, 600))
-        pull_disk(
-            source,
-            plan,
-            tmp_path / "blobs",
-            tmp_path / "pulled",
-            stop=world.stop,
-            report=lambda *_: None,
-        )
+    plan = pull(world, tmp_path / "pulled")
+    assert (plan.architecture, plan.cpu_count) == ("amd64", 3)
+    assert (plan.memory_bytes, plan.display) == (2 << 30, Display(800, 600))
     assert (tmp_path / "pulled").read_bytes() == (disk.parent / "raw").read_bytes()
+
+
+def test_a_pushed_container_disk_is_pulled_with_the_same_content(
+    world: World, disk: Path, tmp_path: Path
+) -> None:
+    world.push(vm(disk), format=PushFormat.CONTAINER_DISK)
+    plan = pull(world, tmp_path / "pulled")
+    assert plan.architecture == "amd64"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", tmp_path / "pulled", tmp_path / "content")
+    assert (tmp_path / "content").read_bytes() == (disk.parent / "raw").read_bytes()
 
 
 def test_a_disk_in_one_layer_has_no_part_keys(world: World, disk: Path) -> None:
@@ -447,13 +457,16 @@ def find_servers(disk: Path) -> list[int]:
     return found
 
 
-def test_a_stopped_push_ends_at_once_and_leaves_nothing(world: World, disk: Path) -> None:
-    def stop_at_first_data(stage: str, done: int, _: int) -> None:
-        if done:
+@pytest.mark.parametrize("least_done", [0, 1])
+def test_a_stopped_push_ends_at_once_and_leaves_nothing(
+    world: World, disk: Path, least_done: int
+) -> None:
+    def stop_when_done(_stage: str, done: int, _total: int) -> None:
+        if done >= least_done:
             world.stop.set()
 
     with pytest.raises(Stopped):
-        world.push(vm(disk), report=stop_at_first_data)
+        world.push(vm(disk), report=stop_when_done)
     assert world.proxy.count("PUT", "/manifests/") == 0
     assert list(world.work.iterdir()) == []
     assert find_servers(disk) == []

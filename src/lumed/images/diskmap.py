@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,12 @@ class DiskMap:
         return self.blocks.count(1, first, end) * BLOCK_BYTES - beyond
 
 
-def read_map(disk: Path) -> DiskMap:
+def read_map(disk: Path, stop: threading.Event | None = None) -> DiskMap:
     """Map a qcow2 disk (absolute path) that nobody writes to.
 
-    Raises ToolFailed if QEMU cannot open its chain.
+    Raises ToolFailed if QEMU cannot open its chain, Stopped soon after `stop` is set.
     """
-    info = json.loads(_run("info", "--backing-chain", disk))
+    info = json.loads(_run(stop, "info", "--backing-chain", disk))
     files = []
     for entry in info:
         path = Path(entry["filename"])
@@ -56,7 +57,7 @@ def read_map(disk: Path) -> DiskMap:
     for start in range(0, size, _WINDOW_BYTES):
         length = min(_WINDOW_BYTES, size - start)
         window = (f"--start-offset={start}", f"--max-length={length}")
-        for extent in json.loads(_run("map", *window, disk)):
+        for extent in json.loads(_run(stop, "map", *window, disk)):
             if not extent["zero"]:
                 first = extent["start"] // BLOCK_BYTES
                 end = -(-(extent["start"] + extent["length"]) // BLOCK_BYTES)
@@ -64,6 +65,6 @@ def read_map(disk: Path) -> DiskMap:
     return DiskMap(size, tuple(files), bytes(blocks))
 
 
-def _run(command: str, *arguments: str | Path) -> bytes:
+def _run(stop: threading.Event | None, command: str, *arguments: str | Path) -> bytes:
     argv = ["qemu-img", command, "--output=json", "-f", "qcow2", *arguments]
-    return run_tool_blocking(argv, timeout_s=_TIMEOUT_S)
+    return run_tool_blocking(argv, timeout_s=_TIMEOUT_S, stop=stop)

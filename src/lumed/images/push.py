@@ -105,7 +105,7 @@ def push_image(
         with full_disk_is_no_space(work, "push the image"), contextlib.ExitStack() as opened:
             staging.open()
             report("reading the disk's map", 0, 0)
-            disk = read_map(source.disk.absolute())
+            disk = read_map(source.disk.absolute(), stop)
             cut = f"{format}:{0 if single_layer else chunk_bytes}"
             gzipper = opened.enter_context(Gzipper())
             reader = opened.enter_context(
