@@ -1,9 +1,9 @@
 """A disk that boots one kernel, by BIOS and by UEFI alike, made without root.
 
-One FAT partition in an MBR. BIOS: SYSLINUX, which had the guest ready 3.3 s after QEMU's start
-where GRUB took 6.4 s (software emulation; GRUB reads the disk far slower). UEFI: systemd-boot,
-as fast as GRUB, SYSLINUX and a unified kernel image (7.5 to 7.8 s, of which the firmware 4 s),
-and alone in needing no tool to put it together.
+A FAT partition holds the kernel. BIOS: SYSLINUX, which had the guest ready 3.3 s after QEMU's
+start where GRUB took 6.4 s (software emulation; GRUB reads the disk far slower). UEFI:
+systemd-boot, as fast as GRUB, SYSLINUX and a unified kernel image (7.5 to 7.8 s, of which the
+firmware 4 s), and alone in needing no tool to put it together.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lumed.osproc import run_tool_blocking
 PACKAGES = ("mtools", "syslinux", "syslinux-common", "systemd-boot-efi")
 
 LABEL = "LUMEDTINY"
-_SECTOR = 512
-_START = 2048  # the usual alignment of 1 MiB, in sectors
+SECTOR = 512
+FIRST_SECTOR = 2048  # the usual alignment of 1 MiB
 _EFI_SYSTEM = 0xEF
 # Same inputs, same bytes: a fixed volume serial, and one moment for every file.
 _SERIAL = "4c554d45"
@@ -27,17 +27,17 @@ _EPOCH = 1_700_000_000
 
 _SYSLINUX = """\
 SERIAL 0 115200
-DEFAULT tiny
+DEFAULT linux
 PROMPT 0
 TIMEOUT 0
-LABEL tiny
+LABEL linux
   LINUX /vmlinuz
   INITRD /initramfs
   APPEND {arguments}
 """
 _LOADER = "timeout 0\n"
 _ENTRY = """\
-title lumed tiny
+title lumed
 linux /vmlinuz
 initrd /initramfs
 options {arguments}
@@ -47,26 +47,50 @@ options {arguments}
 def write_boot_disk(
     disk: Path, *, size_bytes: int, kernel: Path, initramfs: Path, arguments: str, tools: Path
 ) -> None:
-    """Write `disk`, raw and sparse; `tools` is where PACKAGES were unpacked.
+    """Write `disk`, raw and sparse, with an MBR; `tools` is where PACKAGES were unpacked.
 
     The partition takes the whole disk (a multiple of 1 MiB) and keeps its free space for the
     guest. Raises ToolFailed if a tool does, for instance for want of space.
     """
-    sectors = size_bytes // _SECTOR - _START
+    sectors = size_bytes // SECTOR - FIRST_SECTOR
     with disk.open("wb") as image:
         image.truncate(size_bytes)
         image.write((tools / "usr/lib/syslinux/mbr/mbr.bin").read_bytes())
         image.seek(446)
         # Cylinders and heads say "see the sector numbers"; bootable, for the code just written.
+        everywhere = b"\xfe\xff\xff"
+        kind = _EFI_SYSTEM
         image.write(
-            struct.pack(
-                "<B3sB3sII", 0x80, b"\xfe\xff\xff", _EFI_SYSTEM, b"\xfe\xff\xff", _START, sectors
-            )
+            struct.pack("<B3sB3sII", 0x80, everywhere, kind, everywhere, FIRST_SECTOR, sectors)
         )
         image.seek(510)
         image.write(b"\x55\xaa")
+    write_boot_partition(
+        disk,
+        sectors=sectors,
+        label=LABEL,
+        kernel=kernel,
+        initramfs=initramfs,
+        arguments=arguments,
+        tools=tools,
+    )
 
-    offset = _START * _SECTOR
+
+def write_boot_partition(
+    disk: Path,
+    *,
+    sectors: int,
+    label: str,
+    kernel: Path,
+    initramfs: Path,
+    arguments: str,
+    tools: Path,
+) -> None:
+    """Fill the partition of that many sectors at FIRST_SECTOR of a raw disk; see above.
+
+    The master boot record, which must lead to it, is the caller's. Raises ToolFailed.
+    """
+    offset = FIRST_SECTOR * SECTOR
     partition = f"{disk}@@{offset}"
     # syslinux calls mtools by name.
     environment = os.environ | {
@@ -87,13 +111,13 @@ def write_boot_disk(
         run("mcopy", "-i", partition, "-", f"::{target}", stdin=text.encode())
 
     # 64 heads and 32 sectors a track: the geometry syslinux reads by where it cannot use LBA.
-    geometry = ("-T", str(sectors), "-h", "64", "-s", "32", "-H", str(_START))
-    run("mformat", "-i", partition, "-v", LABEL, "-N", _SERIAL, *geometry, "::")
+    geometry = ("-T", str(sectors), "-h", "64", "-s", "32", "-H", str(FIRST_SECTOR))
+    run("mformat", "-i", partition, "-v", label, "-N", _SERIAL, *geometry, "::")
     run("mmd", "-i", partition, "::/EFI", "::/EFI/BOOT", "::/loader", "::/loader/entries")
     copy(kernel, "/vmlinuz")
     copy(initramfs, "/initramfs")
     copy(tools / "usr/lib/systemd/boot/efi/systemd-bootx64.efi", "/EFI/BOOT/BOOTX64.EFI")
     write(_LOADER, "/loader/loader.conf")
-    write(_ENTRY.format(arguments=arguments), "/loader/entries/tiny.conf")
+    write(_ENTRY.format(arguments=arguments), "/loader/entries/lumed.conf")
     write(_SYSLINUX.format(arguments=arguments), "/syslinux.cfg")
     run("syslinux", "--install", "--offset", str(offset), disk)
