@@ -21,6 +21,7 @@ from lumed.errors import Conflict, LumedError
 from lumed.files import read_json_object, write_json
 from lumed.log import EventLog, start_logging
 from lumed.model.host import Check
+from lumed.model.vm import Architecture
 from lumed.osproc import find_process, get_program
 from lumed.settings import Settings, read_settings, settings_path
 from lumed.store.layout import Home
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 
 _log = EventLog("server")
 
+# Program, and the packages it needs.
+_QEMU = {
+    Architecture.AMD64: ("qemu-system-x86_64", "qemu-system-x86 qemu-utils"),
+    Architecture.ARM64: ("qemu-system-aarch64", "qemu-system-arm qemu-efi-aarch64"),
+}
 _USAGE_ERROR = 64  # EX_USAGE, as Lume's own command
 _LOCK_PATIENCE_S = 2.0
 _ENOUGH_SPACE_BYTES = 2 * GIB
@@ -72,18 +78,19 @@ def find_home(given: Path | None) -> tuple[Home, bool]:
     return Home(Path(os.path.abspath(home.expanduser()))), named is not None  # noqa: PTH100
 
 
-def get_qemu() -> Path:
-    """The QEMU binary for this host's architecture. Raises MissingDependency."""
-    return get_program("qemu-system-x86_64", package="qemu-system-x86 qemu-utils")
+def get_qemu(architecture: Architecture) -> Path:
+    """The QEMU binary that runs guests of an architecture. Raises MissingDependency."""
+    program, packages = _QEMU[architecture]
+    return get_program(program, package=packages)
 
 
-def _finder(home: Home, settings: Settings) -> Callable[[], Awaitable[Accelerator]]:
+def _finder(home: Home, settings: Settings) -> Callable[[Architecture], Awaitable[Accelerator]]:
     from lumed.machine.qemu.accel import find_accelerator
 
     override = os.environ.get("LUME_ACCEL") or settings.accelerator
 
-    async def find() -> Accelerator:
-        return await find_accelerator(home.cache, get_qemu(), override=override)
+    async def find(architecture: Architecture) -> Accelerator:
+        return await find_accelerator(home.cache, get_qemu(architecture), override=override)
 
     return find
 

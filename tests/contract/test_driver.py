@@ -19,14 +19,14 @@ from lumed.machine.qemu.driver import QemuDriver
 from lumed.machine.spec import MachineSpec
 from lumed.main import get_qemu
 from lumed.model.host import Accelerator
-from lumed.model.vm import DiskFormat, Display, Firmware
+from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 from lumed.osproc import is_alive, send_signal, wait_gone
 from lumed.store.disk import create_empty
 from lumed.units import MIB
 from tests.doubles.fake_driver import FakeDriver
 
 
-async def software() -> Accelerator:
+async def software(_: Architecture) -> Accelerator:
     return Accelerator("tcg", "tests")
 
 
@@ -88,7 +88,7 @@ async def test_a_launched_machine_runs_and_keeps_the_lock(
     new_driver: Make, spec: MachineSpec, tmp_path: Path
 ) -> None:
     driver = new_driver()
-    await driver.check_ready(spec.firmware)
+    await driver.check_ready(spec.architecture, spec.firmware)
     lock = lock_of(tmp_path)
     async with launched(driver, replace(spec, lock_fd=lock.fd)) as machine:
         lock.close()

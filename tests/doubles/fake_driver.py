@@ -13,7 +13,7 @@ from pathlib import Path
 from lumed.errors import MachineFailed
 from lumed.machine.driver import GuestShutDown, MachineEvent, MachineStatus
 from lumed.machine.spec import MachineSpec
-from lumed.model.vm import Firmware
+from lumed.model.vm import Architecture, Firmware
 from lumed.osproc import Child, ProcessId, is_alive, send_signal, start_detached
 
 
@@ -27,7 +27,7 @@ class FakeDriver:
         self.launched: list[MachineSpec] = []
         self.machines: list[FakeMachine] = []
 
-    async def check_ready(self, firmware: Firmware) -> None:
+    async def check_ready(self, architecture: Architecture, firmware: Firmware) -> None:
         """Nothing is needed."""
 
     async def launch(self, spec: MachineSpec) -> FakeMachine:

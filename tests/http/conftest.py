@@ -16,6 +16,7 @@ from lumed.http.app import build_app
 from lumed.http.guard import Guard
 from lumed.images.local import BuiltImage, Builtin, ImageCache
 from lumed.model.host import Accelerator
+from lumed.model.vm import Architecture
 from lumed.osproc import is_alive, send_signal
 from lumed.service.local import LocalEngine, start_engine
 from lumed.settings import read_settings
@@ -36,7 +37,7 @@ async def build_blank(directory: Path, report: Callable[[str], None]) -> BuiltIm
     return BuiltImage(directory / "disk.qcow2", directory / "vmlinuz", directory / "initramfs")
 
 
-async def software() -> Accelerator:
+async def software(_: Architecture) -> Accelerator:
     """The accelerator of the fake host."""
     return Accelerator("tcg", "tests have no machine")
 

@@ -5,7 +5,9 @@ import pytest
 from lumed.errors import InvalidField
 from lumed.machine.qemu.accel import accel_args, find_accelerator, find_obstacle
 from lumed.model.host import Accelerator
+from lumed.model.vm import Architecture
 
+AMD64, ARM64 = Architecture.AMD64, Architecture.ARM64
 QEMU = Path("/usr/bin/qemu-system-x86_64")
 
 
@@ -58,11 +60,30 @@ async def test_an_override_is_taken_without_a_look(name: str, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["kvm", "tcg", None])
+async def test_another_processor_is_emulated_whatever_the_settings_say(
+    override: str | None, tmp_path: Path
+) -> None:
+    found = await find_accelerator(tmp_path, Path("/bin/qemu-system-aarch64"), override=override)
+    assert found.name == "tcg"
+    assert "runs guests of another kind than this x86_64 host" in found.reason
+
+
 async def test_an_unknown_override_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidField, match="'hvf'"):
         await find_accelerator(tmp_path, QEMU, override="hvf")
 
 
 def test_the_arguments_name_one_accelerator_and_its_processor() -> None:
-    assert accel_args(Accelerator("kvm", "")) == ["-accel", "kvm", "-cpu", "host"]
-    assert accel_args(Accelerator("tcg", "")) == ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    assert accel_args(Accelerator("kvm", ""), AMD64) == ["-accel", "kvm", "-cpu", "host"]
+    assert accel_args(Accelerator("tcg", ""), AMD64) == [
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max",
+    ]
+
+
+def test_an_arm64_guest_gets_a_processor_of_its_own_kind() -> None:
+    arguments = ["-accel", "tcg,thread=multi", "-cpu", "cortex-a72"]
+    assert accel_args(Accelerator("tcg", ""), ARM64) == arguments

@@ -12,7 +12,7 @@ from lumed.machine.qemu.argv import SocketFds, build_argv
 from lumed.machine.shares import ShareDevice
 from lumed.machine.spec import DirectKernel, MachineSpec
 from lumed.model.run import NetDevice, SharedDirectory, ShareTransport
-from lumed.model.vm import DiskFormat, Display, Firmware
+from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 
 SPEC = MachineSpec(
     uuid="e26796aa-5ff1-435d-8e69-bf0b4566cbab",
@@ -29,6 +29,8 @@ SPEC = MachineSpec(
     serial_log=Path("/vms/web, mine/serial.log"),
     vnc_password="sesame12",
 )
+VARS = Path("/vms/web/vars.qcow2")
+ARM_SPEC = replace(SPEC, architecture=Architecture.ARM64, firmware=Firmware.UEFI, uefi_vars=VARS)
 
 
 def build(spec: MachineSpec) -> list[str]:
@@ -49,9 +51,13 @@ def nodes(argv: list[str]) -> dict[str, dict[str, object]]:
     return {n["node-name"]: n for n in map(json.loads, options(argv, "-blockdev"))}
 
 
-@pytest.mark.parametrize("firmware", list(Firmware))
-def test_every_machine_is_closed_in(firmware: Firmware) -> None:
-    argv = build(replace(SPEC, firmware=firmware, uefi_vars=Path("/vms/web/vars.qcow2")))
+@pytest.mark.parametrize(
+    "spec",
+    [SPEC, replace(SPEC, firmware=Firmware.UEFI, uefi_vars=VARS), ARM_SPEC],
+    ids=["bios", "uefi", "arm64"],
+)
+def test_every_machine_is_closed_in(spec: MachineSpec) -> None:
+    argv = build(spec)
     assert {"-nodefaults", "-no-user-config"} <= set(argv)
     assert options(argv, "-sandbox") == [
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -81,6 +87,23 @@ def test_the_installer_boots_before_the_disk() -> None:
     devices = [json.loads(d) for d in options(argv, "-device")]
     order = {d["drive"]: d["bootindex"] for d in devices if "bootindex" in d}
     assert order == {"iso0": 0, "disk0": 1}
+
+
+def devices(argv: list[str]) -> set[str]:
+    return {json.loads(device)["driver"] for device in options(argv, "-device")}
+
+
+def test_an_arm64_machine_is_made_of_what_its_kind_has() -> None:
+    argv = build(replace(ARM_SPEC, iso=Path("/a.iso")))
+    assert options(argv, "-machine") == ["virt,gic-version=3,pflash0=uefi-code,pflash1=uefi-vars"]
+    screen, *_ = (d for d in map(json.loads, options(argv, "-device")) if "xres" in d)
+    assert (screen["driver"], screen["xres"], screen["yres"]) == ("virtio-gpu-pci", 800, 600)
+    extra = devices(argv) - devices(build(replace(SPEC, iso=Path("/a.iso"))))
+    assert extra == {
+        *("virtio-gpu-pci", "qemu-xhci", "usb-kbd", "usb-tablet"),
+        *("virtio-scsi-pci", "scsi-cd"),
+    }
+    assert not {"VGA", "ide-cd", "virtio-keyboard-pci", "virtio-tablet-pci"} & devices(argv)
 
 
 def test_a_machine_without_network_or_screen_has_neither() -> None:

@@ -5,6 +5,7 @@ import pytest
 
 from lumed.errors import MissingDependency
 from lumed.machine.qemu.firmware import UefiFirmware, find_uefi
+from lumed.model.vm import Architecture
 
 
 def add(root: Path, *names: str) -> list[Path]:
@@ -15,7 +16,13 @@ def add(root: Path, *names: str) -> list[Path]:
     return paths
 
 
-def describe(root: Path, name: str, features: list[str], machine: str = "pc-q35-*") -> UefiFirmware:
+def describe(
+    root: Path,
+    name: str,
+    features: list[str],
+    machine: str = "pc-q35-*",
+    architecture: str = "x86_64",
+) -> UefiFirmware:
     code, variables = add(root, f"usr/fw/{name}.code", f"usr/fw/{name}.vars")
     text = {
         "interface-types": ["uefi"],
@@ -24,7 +31,7 @@ def describe(root: Path, name: str, features: list[str], machine: str = "pc-q35-
             "executable": {"filename": f"/usr/fw/{name}.code", "format": "raw"},
             "nvram-template": {"filename": f"/usr/fw/{name}.vars", "format": "raw"},
         },
-        "targets": [{"architecture": "x86_64", "machines": [machine]}],
+        "targets": [{"architecture": architecture, "machines": [machine]}],
         "features": features,
     }
     (descriptor,) = add(root, f"usr/share/qemu/firmware/{name}.json")
@@ -59,3 +66,14 @@ def test_no_firmware_names_the_package(tmp_path: Path) -> None:
     with pytest.raises(MissingDependency) as error:
         find_uefi(tmp_path)
     assert error.value.hint == "sudo apt-get install ovmf"
+
+
+def test_arm64_has_firmware_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(MissingDependency) as error:
+        find_uefi(tmp_path, architecture=Architecture.ARM64)
+    assert error.value.hint == "sudo apt-get install qemu-efi-aarch64"
+    describe(tmp_path, "10-pc", [])
+    described = describe(tmp_path, "20-arm", [], machine="virt-*", architecture="aarch64")
+    assert find_uefi(tmp_path, architecture=Architecture.ARM64) == described
+    pair = add(tmp_path, "usr/share/AAVMF/AAVMF_CODE.fd", "usr/share/AAVMF/AAVMF_VARS.fd")
+    assert find_uefi(tmp_path, architecture=Architecture.ARM64) == UefiFirmware(*pair)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumed.errors import Damaged
-from lumed.model.vm import Display, Firmware, GuestOs, PortForward, VmConfig
+from lumed.model.vm import Architecture, Display, Firmware, GuestOs, PortForward, VmConfig
 from lumed.store.vmdir import VmDir, read_config, write_config
 
 CONFIG = VmConfig(
@@ -41,10 +41,20 @@ def make_dir(folder: Path) -> VmDir:
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     vm_dir = make_dir(tmp_path)
-    for config in (CONFIG, replace(CONFIG, image=None, ports=(), ssh_keys=(), user_data=None)):
+    arm = replace(CONFIG, architecture=Architecture.ARM64, firmware=Firmware.UEFI)
+    for config in (CONFIG, arm, replace(CONFIG, image=None, ports=(), ssh_keys=(), user_data=None)):
         write_config(vm_dir, config)
         assert read_config(vm_dir) == config
     assert sorted(p.name for p in vm_dir.path.iterdir()) == ["config.json", "lumed.json"]
+
+
+def test_a_vm_of_an_earlier_version_is_amd64(tmp_path: Path) -> None:
+    vm_dir = make_dir(tmp_path)
+    write_config(vm_dir, CONFIG)
+    extra = json.loads(vm_dir.extra.read_text())
+    assert extra.pop("architecture") == "amd64"
+    vm_dir.extra.write_text(json.dumps(extra))
+    assert read_config(vm_dir) == CONFIG
 
 
 def test_lumes_keys_stand_in_lumes_file(tmp_path: Path) -> None:
@@ -73,6 +83,7 @@ def test_lumes_keys_stand_in_lumes_file(tmp_path: Path) -> None:
         ("config.json", "macAddress", "52:54:00:12:34:56,script=/x"),
         ("config.json", "networkMode", ["nat"]),
         ("lumed.json", "uuid", "../../../etc"),
+        ("lumed.json", "architecture", "riscv64"),
         ("lumed.json", "firmware", "coreboot"),
         ("lumed.json", "image", 3),
         ("lumed.json", "ports", {"guestPort": 8000}),
@@ -116,7 +127,17 @@ def test_a_missing_file_is_damage_that_names_it(tmp_path: Path) -> None:
 _KEYS = st.sampled_from(
     [
         *("os", "cpuCount", "memorySize", "diskSize", "display", "macAddress", "networkMode"),
-        *("uuid", "firmware", "image", "ports", "sshKeys", "userData", "createdAt", "guestPort"),
+        *(
+            "uuid",
+            "firmware",
+            "image",
+            "ports",
+            "sshKeys",
+            "userData",
+            "createdAt",
+            "guestPort",
+            "architecture",
+        ),
     ]
 )
 _JSON = st.recursive(

@@ -108,6 +108,7 @@ class VmObject(BaseModel):
     uuid: str | None = None
     macAddress: str | None = None  # noqa: N815
     image: str | None = None
+    architecture: str | None = None
     firmware: str | None = None
     accelerator: str | None = None
     createdAt: str | None = None  # noqa: N815

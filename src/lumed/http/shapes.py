@@ -55,6 +55,7 @@ def vm_object(vm: VmView) -> dict[str, Any]:
         "uuid": vm.uuid,
         "macAddress": vm.mac_address,
         "image": vm.image,
+        "architecture": vm.architecture,
         "firmware": vm.firmware,
         "accelerator": vm.accelerator,
         "createdAt": vm.created_at,

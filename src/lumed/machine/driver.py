@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lumed.machine.spec import MachineSpec
-from lumed.model.vm import Firmware
+from lumed.model.vm import Architecture, Firmware
 from lumed.osproc import ProcessId
 
 
@@ -107,8 +107,11 @@ class Machine(Protocol):
 class MachineDriver(Protocol):
     """Starts machines and finds them again."""
 
-    async def check_ready(self, firmware: Firmware) -> None:
-        """Raise MissingDependency, with the line that mends it, if no machine could start."""
+    async def check_ready(self, architecture: Architecture, firmware: Firmware) -> None:
+        """Raise MissingDependency, with the line that mends it, if no such machine could start.
+
+        Raises InvalidField (`fields["firmware"]`) for a firmware that this architecture has not.
+        """
 
     async def launch(self, spec: MachineSpec) -> Machine:
         """Start a machine; returns once its monitor has answered.

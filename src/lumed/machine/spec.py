@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lumed.machine.shares import ShareDevice
 from lumed.model.run import NetDevice
-from lumed.model.vm import DiskFormat, Display, Firmware
+from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class MachineSpec:
     runtime_dir: Path
     log: Path
     serial_log: Path
+    architecture: Architecture = Architecture.AMD64
     uefi_vars: Path | None = None
     seed: Path | None = None
     iso: Path | None = None

@@ -29,6 +29,7 @@ class VmView:
     uuid: str | None = None
     mac_address: str | None = None
     image: str | None = None
+    architecture: str | None = None
     firmware: str | None = None
     created_at: str | None = None
     ip_address: str | None = None

@@ -41,7 +41,7 @@ class VmState(StrEnum):
 
 
 class Firmware(StrEnum):
-    """What boots the disk: SeaBIOS, or UEFI (OVMF)."""
+    """What boots the disk: SeaBIOS, or UEFI (OVMF; AAVMF for arm64)."""
 
     BIOS = "bios"
     UEFI = "uefi"
@@ -100,6 +100,7 @@ class VmConfig:
     display: Display
     mac_address: str
     network: str = "nat"
+    architecture: Architecture = Architecture.AMD64
     firmware: Firmware = Firmware.UEFI
     image: str | None = None
     ports: tuple[PortForward, ...] = field(default=())

@@ -32,7 +32,7 @@ from lumed.model.request import (
     UpdateRequest,
 )
 from lumed.model.view import VmView
-from lumed.model.vm import DiskFormat, VmConfig
+from lumed.model.vm import Architecture, DiskFormat, VmConfig
 from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
 from lumed.service.cloning import make_clone, request_of_clone
@@ -79,7 +79,7 @@ class LocalEngine:
         settings: Settings,
         driver: MachineDriver,
         images: ImageCache,
-        find_accelerator: Callable[[], Awaitable[Accelerator]],
+        find_accelerator: Callable[[Architecture], Awaitable[Accelerator]],
         tasks: TaskOwner,
     ) -> None:
         self._home = home
@@ -418,7 +418,7 @@ class LocalEngine:
         _, default = self._index.locations.get(None)
         accelerator: Accelerator | None = None
         with contextlib.suppress(LumedError):
-            accelerator = await self._find_accelerator()
+            accelerator = await self._find_accelerator(Architecture.AMD64)
         return HostStatus(
             vm_count=len(stored) + len(self._making),
             running_count=len(self._power.live),
@@ -473,11 +473,11 @@ class LocalEngine:
 
     async def _prepare_accelerator(self) -> None:
         with contextlib.suppress(LumedError):
-            accelerator = await self._find_accelerator()
+            accelerator = await self._find_accelerator(Architecture.AMD64)
             _log.info("accelerator", name=accelerator.name, reason=accelerator.reason)
 
-    async def _accelerator_name(self) -> str:
-        return (await self._find_accelerator()).name
+    async def _accelerator_name(self, architecture: Architecture) -> str:
+        return (await self._find_accelerator(architecture)).name
 
     async def _get_rescue(self, operation: RunningOperation) -> RescueSystem:
         image = await self._images.get_builtin("tiny", operation.report)
@@ -492,7 +492,7 @@ async def start_engine(
     settings: Settings,
     driver: MachineDriver,
     images: ImageCache,
-    find_accelerator: Callable[[], Awaitable[Accelerator]],
+    find_accelerator: Callable[[Architecture], Awaitable[Accelerator]],
 ) -> AsyncIterator[LocalEngine]:
     """An engine over a prepared home, its machines adopted; they stay when it ends."""
     engine = LocalEngine(home, settings, driver, images, find_accelerator, TaskOwner())

@@ -15,7 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from lumed.claim import RunLock, take_lock
-from lumed.errors import InvalidField, LumedError, MachineFailed, NoSpace, WrongState
+from lumed.errors import (
+    InvalidField,
+    LumedError,
+    MachineFailed,
+    NoSpace,
+    NotPossibleHere,
+    WrongState,
+)
 from lumed.files import check_free_space, expand_path, write_atomic
 from lumed.guest.agent import GuestAgent
 from lumed.guest.seed import Seed, SeedShare, make_seed
@@ -35,7 +42,7 @@ from lumed.machine.spec import DirectKernel, MachineSpec
 from lumed.model.end import EndCause, MachineEnd
 from lumed.model.request import RunRequest
 from lumed.model.run import RunOptions, SharedDirectory, VncMode
-from lumed.model.vm import DiskFormat, Firmware, VmConfig
+from lumed.model.vm import Architecture, DiskFormat, Firmware, VmConfig
 from lumed.naming import hostname_of
 from lumed.network.plan import Network, NetworkKind, parse_network
 from lumed.network.start import check_network, start_network, sweep_networks
@@ -88,7 +95,7 @@ class Power:
         home: Home,
         driver: MachineDriver,
         tasks: TaskOwner,
-        accelerator_name: Callable[[], Awaitable[str]],
+        accelerator_name: Callable[[Architecture], Awaitable[str]],
         rescue: Callable[[RunningOperation], Awaitable[RescueSystem]],
     ) -> None:
         self._home = home
@@ -101,13 +108,19 @@ class Power:
 
     async def plan(self, stored: StoredVm, config: VmConfig, request: RunRequest) -> RunPlan:
         """Check everything that can be checked before the machine is started."""
+        if request.recovery_mode and config.architecture is not Architecture.AMD64:
+            raise NotPossibleHere(
+                f"The rescue system is made for amd64, and {stored.name} is an "
+                f"{config.architecture} guest",
+                hint="run it with a rescue ISO for its architecture as `mount`",
+            )
         network = parse_network(request.network or config.network)
         shares = await asyncio.to_thread(_check_shares, request)
         mount = None if request.mount is None else await asyncio.to_thread(_check_iso, request)
         await asyncio.to_thread(
             check_free_space, stored.vm_dir.path, _NEEDED_BYTES, f"run {stored.name}"
         )
-        await self._driver.check_ready(config.firmware)
+        await self._driver.check_ready(config.architecture, config.firmware)
         await check_network(network)
         problems: list[str] = []
         boots_from_disk = mount is None and not request.recovery_mode
@@ -131,7 +144,7 @@ class Power:
         record = RunRecord(
             uuid=config.uuid,
             runtime_dir=str(vm_runtime_dir(self._home.runtime, config.uuid)),
-            accelerator=await self._accelerator_name(),
+            accelerator=await self._accelerator_name(config.architecture),
             network=str(plan.network),
             mac_address=config.mac_address,
             options=plan.options,
@@ -241,6 +254,7 @@ class Power:
                 name=vm_dir.name,
                 cpu_count=config.cpu_count,
                 memory_bytes=config.memory_bytes,
+                architecture=config.architecture,
                 firmware=config.firmware,
                 disk=vm_dir.disk,
                 disk_format=DiskFormat.QCOW2,

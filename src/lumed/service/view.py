@@ -64,6 +64,7 @@ def _build(stored: StoredVm, live: LiveMachine | None, operation: str | None) ->
         uuid=config.uuid,
         mac_address=config.mac_address,
         image=config.image,
+        architecture=config.architecture.value,
         firmware=config.firmware.value,
         created_at=config.created_at or None,
         ip_address=address,

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from lumed.errors import Damaged
 from lumed.files import read_json_object, write_json
-from lumed.model.vm import Display, Firmware, GuestOs, PortForward, VmConfig
+from lumed.model.vm import Architecture, Display, Firmware, GuestOs, PortForward, VmConfig
 
 STAGING = ".staging"
 TRASH = ".trash"
@@ -104,6 +104,7 @@ def read_config(vm_dir: VmDir) -> VmConfig:
             display=Display.parse(_text(lume, "display")),
             mac_address=_mac_address(lume),
             network=_optional_text(lume, "networkMode") or "nat",
+            architecture=_architecture(extra),
             firmware=Firmware(_text(extra, "firmware")),
             image=_optional_text(extra, "image"),
             ports=tuple(map(_port, _list(extra, "ports"))),
@@ -131,6 +132,7 @@ def write_config(vm_dir: VmDir, config: VmConfig) -> None:
             "version": 1,
             "uuid": config.uuid,
             "driver": "qemu",
+            "architecture": config.architecture.value,
             "firmware": config.firmware.value,
             "image": config.image,
             "ports": [{"guestPort": p.guest_port, "hostPort": p.host_port} for p in config.ports],
@@ -156,6 +158,11 @@ def write_config(vm_dir: VmDir, config: VmConfig) -> None:
 
 def _guest_os(text: str) -> GuestOs:
     return GuestOs.MACOS if text.lower() in ("macos", "darwin") else GuestOs(text.lower())
+
+
+def _architecture(data: dict[str, object]) -> Architecture:
+    # A VM that an earlier version made does not say.
+    return Architecture(_optional_text(data, "architecture") or Architecture.AMD64)
 
 
 def _text(data: dict[str, object], key: str) -> str:

@@ -11,11 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumed.machine.spec import MachineSpec
-from lumed.model.vm import Firmware
+from lumed.model.vm import Architecture, Firmware
 from lumed.units import MIB
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 AGENT_PORT = "org.qemu.guest_agent.0"
+_MACHINES = {
+    Architecture.AMD64: "q35,vmport=off",
+    # Version 3 of the interrupt controller: version 2, the default, serves 8 processors.
+    Architecture.ARM64: "virt,gic-version=3",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,7 @@ def build_argv(
     """The whole command line; no secret is in it."""
     argv = [str(qemu), "-name", f"guest={spec.name},debug-threads=on", "-uuid", spec.uuid]
     argv += ["-nodefaults", "-no-user-config", "-sandbox", SANDBOX, "-msg", "timestamp=on"]
-    machine = "q35,vmport=off"
+    machine = _MACHINES[spec.architecture]
     if any(share.needs_shared_memory for share in spec.shares):
         argv += ["-object", f"memory-backend-memfd,id=ram,share=on,size={spec.memory_bytes}"]
         machine += ",memory-backend=ram"
@@ -94,7 +99,11 @@ def _disks(spec: MachineSpec) -> list[str]:
     if spec.iso is not None:
         # An installer boots before the disk; an ISO that does not boot is passed over.
         argv += _file_node("iso0", spec.iso, "raw", read_only=True)
-        argv += _device("ide-cd", drive="iso0", bootindex=0)
+        if spec.architecture is Architecture.ARM64:
+            argv += _device("virtio-scsi-pci", id="scsi0")
+            argv += _device("scsi-cd", drive="iso0", bootindex=0)
+        else:
+            argv += _device("ide-cd", drive="iso0", bootindex=0)
     if spec.seed is not None:
         argv += _file_node("seed0", spec.seed, "raw", read_only=True)
         argv += _device("virtio-blk-pci", drive="seed0", serial="seed0")
@@ -102,10 +111,14 @@ def _disks(spec: MachineSpec) -> list[str]:
 
 
 def _console(spec: MachineSpec) -> list[str]:
-    argv = _device(
-        "VGA", xres=spec.display.width, yres=spec.display.height, edid=True, vgamem_mb=64
-    )
-    argv += _device("virtio-keyboard-pci") + _device("virtio-tablet-pci")
+    size = {"xres": spec.display.width, "yres": spec.display.height, "edid": True}
+    if spec.architecture is Architecture.ARM64:
+        argv = _device("virtio-gpu-pci", **size)
+        # AAVMF reads no virtio keyboard.
+        argv += _device("qemu-xhci") + _device("usb-kbd") + _device("usb-tablet")
+    else:
+        argv = _device("VGA", **size, vgamem_mb=64)
+        argv += _device("virtio-keyboard-pci") + _device("virtio-tablet-pci")
     argv += _device("virtio-rng-pci") + _device("virtio-balloon-pci")
     if spec.vnc_password is None:
         argv += ["-vnc", "none"]

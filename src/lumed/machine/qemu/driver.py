@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from lumed.errors import LumedError, MachineFailed, OutcomeUnknown
+from lumed.errors import InvalidField, LumedError, MachineFailed, OutcomeUnknown
 from lumed.log import EventLog
 from lumed.machine.driver import (
     AgentOpened,
@@ -27,7 +27,7 @@ from lumed.machine.qemu.firmware import find_uefi, make_vars
 from lumed.machine.qemu.monitor import Monitor
 from lumed.machine.spec import MachineSpec
 from lumed.model.host import Accelerator
-from lumed.model.vm import Firmware
+from lumed.model.vm import Architecture, Firmware
 from lumed.osproc import (
     Child,
     ProcessId,
@@ -49,26 +49,29 @@ class QemuDriver:
 
     def __init__(
         self,
-        find_qemu: Callable[[], Path],
-        find_accelerator: Callable[[], Awaitable[Accelerator]],
+        find_qemu: Callable[[Architecture], Path],
+        find_accelerator: Callable[[Architecture], Awaitable[Accelerator]],
     ) -> None:
         self._find_qemu = find_qemu
         self._find_accelerator = find_accelerator
 
-    async def check_ready(self, firmware: Firmware) -> None:
+    async def check_ready(self, architecture: Architecture, firmware: Firmware) -> None:
         """See MachineDriver.check_ready."""
-        self._find_qemu()
+        if architecture is Architecture.ARM64 and firmware is Firmware.BIOS:
+            reason = "arm64 guests boot by UEFI only"
+            raise InvalidField(f"firmware: {reason}", fields={"firmware": reason})
+        self._find_qemu(architecture)
         if firmware is Firmware.UEFI:
-            find_uefi()
-        await self._find_accelerator()
+            find_uefi(architecture=architecture)
+        await self._find_accelerator(architecture)
 
     async def launch(self, spec: MachineSpec) -> QemuMachine:
         """See MachineDriver.launch."""
-        qemu = self._find_qemu()
-        accelerator = await self._find_accelerator()
+        qemu = self._find_qemu(spec.architecture)
+        accelerator = await self._find_accelerator(spec.architecture)
         uefi_code = None
         if spec.firmware is Firmware.UEFI and spec.uefi_vars is not None:
-            uefi = find_uefi()
+            uefi = find_uefi(architecture=spec.architecture)
             uefi_code = uefi.code
             if not spec.uefi_vars.exists():
                 # A lost variable store costs its boot entries, not the VM.
@@ -78,7 +81,7 @@ class QemuDriver:
             argv = build_argv(
                 spec,
                 qemu=qemu,
-                accelerator=accel_args(accelerator),
+                accelerator=accel_args(accelerator, spec.architecture),
                 uefi_code=uefi_code,
                 sockets=fds,
             )

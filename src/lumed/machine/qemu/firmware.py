@@ -1,4 +1,4 @@
-"""UEFI firmware (OVMF): where this host has it, and each VM's own variable store.
+"""UEFI firmware (OVMF; AAVMF for arm64): where this host has it, and each VM's own variables.
 
 SeaBIOS needs none of this: QEMU brings it.
 """
@@ -11,19 +11,26 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lumed.errors import MissingDependency
+from lumed.model.vm import Architecture
 from lumed.osproc import get_program, run_tool
 
 # Builds without Secure Boot: those with it need SMM, and refuse unsigned rescue systems. The
 # 4 MB builds come first, since distributions are dropping the 2 MB ones.
-_KNOWN = (
+_KNOWN_AMD64 = (
     ("usr/share/OVMF/OVMF_CODE_4M.fd", "usr/share/OVMF/OVMF_VARS_4M.fd"),  # Debian, Ubuntu
     ("usr/share/edk2/x64/OVMF_CODE.4m.fd", "usr/share/edk2/x64/OVMF_VARS.4m.fd"),  # Arch
     ("usr/share/edk2/ovmf/OVMF_CODE.fd", "usr/share/edk2/ovmf/OVMF_VARS.fd"),  # Fedora
     ("usr/share/OVMF/OVMF_CODE.fd", "usr/share/OVMF/OVMF_VARS.fd"),  # older Debian, Ubuntu
 )
+_KNOWN_ARM64 = (
+    ("usr/share/AAVMF/AAVMF_CODE.fd", "usr/share/AAVMF/AAVMF_VARS.fd"),  # Debian, Ubuntu
+    (  # Fedora
+        "usr/share/edk2/aarch64/QEMU_EFI-pflash.raw",
+        "usr/share/edk2/aarch64/vars-template-pflash.raw",
+    ),
+)
 # What distributions tell programs like this one; docs/interop/firmware.json in QEMU's source.
 _DESCRIPTORS = ("etc/qemu/firmware", "usr/share/qemu/firmware")
-_MACHINE = "pc-q35-7.2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +41,43 @@ class UefiFirmware:
     vars_template: Path
 
 
-def find_uefi(root: Path = Path("/")) -> UefiFirmware:
-    """The x86_64 UEFI firmware without Secure Boot on the file system at root.
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """The firmware of one architecture: name and machine are those of the descriptors."""
+
+    known: tuple[tuple[str, str], ...]
+    name: str
+    machine: str
+    project: str
+    package: str
+
+
+_KINDS = {
+    Architecture.AMD64: _Kind(_KNOWN_AMD64, "x86_64", "pc-q35-7.2", "OVMF", "ovmf"),
+    Architecture.ARM64: _Kind(_KNOWN_ARM64, "aarch64", "virt-7.2", "AAVMF", "qemu-efi-aarch64"),
+}
+
+
+def find_uefi(
+    root: Path = Path("/"), *, architecture: Architecture = Architecture.AMD64
+) -> UefiFirmware:
+    """The architecture's UEFI firmware without Secure Boot on the file system at root.
 
     Raises MissingDependency if there is none.
     """
-    for code, variables in _KNOWN:
+    kind = _KINDS[architecture]
+    for code, variables in kind.known:
         firmware = UefiFirmware(root / code, root / variables)
         if _is_complete(firmware):
             return firmware
     for folder in _DESCRIPTORS:
         for descriptor in sorted((root / folder).glob("*.json")):
-            described = _read_descriptor(descriptor, root)
+            described = _read_descriptor(descriptor, root, kind)
             if described is not None and _is_complete(described):
                 return described
     raise MissingDependency(
-        "No UEFI firmware (OVMF) for x86_64 is installed", hint="sudo apt-get install ovmf"
+        f"No UEFI firmware ({kind.project}) for {kind.name} is installed",
+        hint=f"sudo apt-get install {kind.package}",
     )
 
 
@@ -57,7 +85,7 @@ def _is_complete(firmware: UefiFirmware) -> bool:
     return firmware.code.is_file() and firmware.vars_template.is_file()
 
 
-def _read_descriptor(path: Path, root: Path) -> UefiFirmware | None:
+def _read_descriptor(path: Path, root: Path, kind: _Kind) -> UefiFirmware | None:
     """The firmware that a descriptor names, if it suits our machine; None for any other file."""
     try:
         text = json.loads(path.read_bytes())
@@ -68,8 +96,8 @@ def _read_descriptor(path: Path, root: Path) -> UefiFirmware | None:
             and code["format"] == variables["format"] == "raw"
             and not {"secure-boot", "requires-smm"} & set(text["features"])
             and any(
-                target["architecture"] == "x86_64"
-                and any(fnmatch(_MACHINE, pattern) for pattern in target["machines"])
+                target["architecture"] == kind.name
+                and any(fnmatch(kind.machine, pattern) for pattern in target["machines"])
                 for target in text["targets"]
             )
         )
