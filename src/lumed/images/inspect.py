@@ -7,12 +7,13 @@ qcow2 under that name is taken as qcow2 if it is self-contained.
 
 After the header, `qemu-img check` walks the tables of a qcow2 file under limits on CPU time and
 memory (some 6 ms; it finds a download that was cut off, which no header shows), and `qemu-img
-dd` reads the first sectors (7 ms). `qemu-img info` would add nothing to that.
+convert` reads the first sectors (7 ms). `qemu-img info` would add nothing to that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ def inspect_disk_blocking(path: Path, *, shown_as: Path | None = None) -> DiskFa
             first = os.pread(fd, FIRST_BYTES, 0)
         if disk_format is DiskFormat.QCOW2:
             _check_tables(path)
-            first = _read_first(path)
+            first = read_qcow2(path, 0, min(FIRST_BYTES, virtual_bytes))
     except UnfitImage as error:
         raise refuse(shown, str(error), error.hint) from error
     except ToolFailed as error:
@@ -182,15 +183,24 @@ def _check_tables(path: Path) -> None:
             raise
 
 
-def _read_first(path: Path) -> bytes:
-    """What the guest sees in the first sectors of a qcow2 disk."""
+def read_qcow2(path: Path, offset: int, length: int) -> bytes:
+    """What the guest sees in a range of a qcow2 disk: within its size, multiples of 512.
+
+    Blocks for some 10 ms. Raises ToolFailed.
+    """
+    # `dd` cannot do it: before QEMU 10.1 its count is the place where it ends.
+    source = {
+        "driver": "raw",
+        "offset": offset,
+        "size": length,
+        "file": {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}},
+    }
     # Into memory: a server that is killed here leaves no file behind.
-    memory = os.memfd_create("first")
+    memory = os.memfd_create("range")
     try:
         out = f"/proc/{os.getpid()}/fd/{memory}"
-        count = (f"bs={FIRST_BYTES}", "count=1")
-        _qemu_img("dd", "-f", "qcow2", "-O", "raw", *count, f"if={path}", f"of={out}")
-        return os.pread(memory, FIRST_BYTES, 0)
+        _qemu_img("convert", "-O", "raw", f"json:{json.dumps(source)}", out)
+        return os.pread(memory, length, 0)
     finally:
         os.close(memory)
 
