@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lumed.images.architecture import find_architecture, find_architecture_of
-from lumed.model.vm import Architecture, DiskFormat
+from lumed.images.local import ImageCache
+from lumed.model.vm import Architecture, DiskFormat, Firmware
 from lumed.units import MIB
 
 GPT_ENTRY = bytes.fromhex("28732ac11ff8d211ba4b00a0c93ec93b")
@@ -119,3 +120,17 @@ def test_a_disk_that_cannot_be_read_is_unknown(tmp_path: Path) -> None:
     disk = tmp_path / "disk.qcow2"
     disk.write_bytes(b"no qcow2")
     assert find_architecture_of(disk, DiskFormat.QCOW2) is None
+
+
+async def test_an_imported_image_knows_its_architecture_and_boots_by_uefi(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    write_fat(disk, MIB, "fat12", ARM)
+    write_mbr(disk, MIB)
+    with disk.open("r+b") as file:
+        # Boot code, and a partition of the other kind that is active, as parted leaves it.
+        file.write(b"\xfa\xeb\x63\x90")
+        file.seek(462)
+        file.write(struct.pack("<B3sB3sII", 0x80, b"", 0x83, b"", 8192, 2048))
+    image = await ImageCache(tmp_path / "cache", {}).import_file(disk, lambda *_: None)
+    assert image.about.architecture is Architecture.ARM64
+    assert image.facts.firmware is Firmware.UEFI

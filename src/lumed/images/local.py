@@ -28,13 +28,14 @@ import uuid
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from lumed.errors import LumedError, NotFound, WrongState
 from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomic
+from lumed.images.architecture import find_architecture_of
 from lumed.images.copy import copy_image
 from lumed.images.inspect import find_format, inspect_disk_blocking, open_image, refuse
 from lumed.images.names import ImageNames
@@ -42,6 +43,7 @@ from lumed.images.qcow2 import UnfitImage
 from lumed.images.record import RECORD, CachedImage, encode_record, read_image
 from lumed.images.staging import LOCK, Staging, sweep_staging
 from lumed.model.image import ImageAbout
+from lumed.model.vm import Architecture, Firmware
 from lumed.threads import run_to_end
 
 _STAGING = ".staging"
@@ -288,7 +290,13 @@ class ImageCache:
         for file in filter(None, (disk, built.kernel, built.initramfs)):
             file.chmod(0o444)
             sync_file(file)
-        extra = (built.kernel, built.initramfs, built.about)
+        # The disk knows better than whoever described it, and few formats say it at all.
+        architecture = find_architecture_of(disk, facts.format) or built.about.architecture
+        about = replace(built.about, architecture=architecture)
+        if architecture is Architecture.ARM64:
+            # Boot code in the first sector is for another processor, or none.
+            facts = replace(facts, firmware=Firmware.UEFI)
+        extra = (built.kernel, built.initramfs, about)
         image = CachedImage(image_id, name, disk, facts, *extra)
         write_atomic(staging.path / RECORD, encode_record(image))
         for final in self._candidates(image_id):
