@@ -15,7 +15,9 @@ def make_program(path: Path, says: str) -> str:
 
 async def test_this_host_has_what_machines_need(tmp_path: Path) -> None:
     found = {check.name: check for check in await check_machine(tmp_path)}
-    assert list(found) == ["QEMU", "qemu-img", "UEFI firmware", "accelerator", "virtiofsd"]
+    assert list(found) == [
+        *("QEMU", "qemu-img", "UEFI firmware", "accelerator", "virtiofsd", "arm64 guests")
+    ]
     assert found["QEMU"].ok
     assert found["qemu-img"].ok
     assert found["UEFI firmware"].ok
@@ -37,6 +39,9 @@ async def test_missing_programs_name_their_packages(
         assert not found[name].ok
         assert package in str(found[name].hint)
     assert found["accelerator"].value == "unknown"
+    # Few need it.
+    assert (found["arm64 guests"].ok, found["arm64 guests"].value) == (True, "not possible")
+    assert "qemu-system-arm qemu-efi-aarch64" in found["arm64 guests"].detail
 
 
 async def test_an_old_qemu_is_named_with_its_version(

@@ -73,6 +73,7 @@ def test_arm64_has_firmware_of_its_own(tmp_path: Path) -> None:
         find_uefi(tmp_path, architecture=Architecture.ARM64)
     assert error.value.hint == "sudo apt-get install qemu-efi-aarch64"
     describe(tmp_path, "10-pc", [])
+    describe(tmp_path, "15-riscv", [], machine="virt-*", architecture="riscv64")
     described = describe(tmp_path, "20-arm", [], machine="virt-*", architecture="aarch64")
     assert find_uefi(tmp_path, architecture=Architecture.ARM64) == described
     pair = add(tmp_path, "usr/share/AAVMF/AAVMF_CODE.fd", "usr/share/AAVMF/AAVMF_VARS.fd")

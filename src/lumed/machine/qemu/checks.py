@@ -10,14 +10,16 @@ from lumed.machine.qemu.accel import find_accelerator, read_qemu_version
 from lumed.machine.qemu.firmware import find_uefi
 from lumed.machine.shares import find_share_support
 from lumed.model.host import Check
+from lumed.model.vm import Architecture
 from lumed.osproc import get_program
 
 OLDEST_QEMU = (7, 2)
 QEMU = "qemu-system-x86_64"
+_QEMU_ARM64 = "qemu-system-aarch64"
 
 
 async def check_machine(cache_dir: Path, *, accel: str | None = None) -> list[Check]:
-    """Look at QEMU, qemu-img, UEFI firmware, the accelerator and virtiofsd; never raises for them.
+    """Look at QEMU and what it needs, virtiofsd, and what arm64 guests need; never raises for them.
 
     `accel` is the accelerator that the settings ask for. The first call after a boot takes up
     to 6 s, for the test of KVM.
@@ -29,6 +31,7 @@ async def check_machine(cache_dir: Path, *, accel: str | None = None) -> list[Ch
             _check_uefi(),
             _check_accelerator(cache_dir, accel),
             _check_virtiofsd(),
+            asyncio.to_thread(_check_arm64),
         )
     )
 
@@ -90,6 +93,18 @@ async def _check_virtiofsd() -> Check:
         return Check("virtiofsd", False, "not usable", detail, support.hint)
     how = f"{found.path}, in a user namespace" if support.prefix else str(found.path)
     return Check("virtiofsd", True, f"{found.version} ({found.flavour})", how)
+
+
+def _check_arm64() -> Check:
+    packages = "qemu-system-arm qemu-efi-aarch64"
+    try:
+        qemu = get_program(_QEMU_ARM64, package=packages)
+        find_uefi(architecture=Architecture.ARM64)
+    except MissingDependency as error:
+        # Most users have no such image: nothing that is wrong with this host.
+        detail = f"{error.message}; {_install(packages)}"
+        return Check("arm64 guests", True, "not possible", detail)
+    return Check("arm64 guests", True, "emulated", str(qemu))
 
 
 def _install(package: str, os_release: Path = Path("/etc/os-release")) -> str:
