@@ -14,6 +14,7 @@ from lumed.model.host import HostStatus
 from lumed.model.image import ImageView, Pruned
 from lumed.model.operation import Operation
 from lumed.model.request import (
+    BuildRequest,
     CloneRequest,
     CreateRequest,
     PullRequest,
@@ -76,6 +77,9 @@ class Engine(Protocol):
 
     async def push_vm(self, request: PushRequest) -> Operation:
         """Begin to send a stopped VM to a registry; its result is the manifest's digest."""
+
+    async def build_image(self, request: BuildRequest) -> Operation:
+        """Begin to build a guest image; it is in the cache under its name then."""
 
     async def list_images(self) -> list[ImageView]:
         """The images in the cache, by name."""

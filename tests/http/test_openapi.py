@@ -18,6 +18,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from lumed.errors import ToolFailed
 from lumed.http.app import build_app
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
@@ -102,6 +103,10 @@ def _find_no_host(host: object, *arguments: object, **options: object) -> list[A
     raise socket.gaierror(socket.EAI_NONAME, "tests look nothing up")
 
 
+def _build_nothing(*_: object) -> None:
+    raise ToolFailed("tests of the API's shapes build nothing")
+
+
 _getaddrinfo = socket.getaddrinfo
 
 
@@ -115,6 +120,7 @@ def vms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmsOfServer]:
         patch.setenv("HOME", str(folder))
         # Whatever registry a request names, no packet leaves this host.
         patch.setattr(socket, "getaddrinfo", _find_no_host)
+        patch.setattr("lumed.images.build._build", _build_nothing)
         with serve_fake_engine(home, FakeDriver()) as url:
             vms = VmsOfServer(url)
             yield vms
@@ -185,6 +191,7 @@ ROUTES = {
     ("post", "/lume/vms/push", "PushBody"),
     ("get", "/lume/images", None),
     ("delete", "/lume/images/{reference}", None),
+    ("post", "/lume/images/build", "BuildBody"),
     ("post", "/lume/prune", "PruneBody"),
     ("get", "/lume/host/status", None),
     ("get", "/lume/logs", None),

@@ -125,7 +125,9 @@ class Server:
     def create(self, name: str, **more: object) -> dict[str, Any]:
         """Create a VM and wait until it is stopped."""
         self.call("POST", "/vms", 202, json={"name": name, **SMALL, **more})
-        return self.wait_for(name, lambda vm: vm.get("state") == "stopped")
+        made = self.wait_for(name, lambda vm: vm.get("state") == "stopped" or "code" in vm)
+        assert "code" not in made, made
+        return made
 
     def run(self, name: str, **options: object) -> dict[str, Any]:
         """Run a VM and wait until QEMU is up."""

@@ -1,4 +1,4 @@
-"""The routes of images: pull, push, list, delete, prune."""
+"""The routes of images: pull, push, build, list, delete, prune."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 
 from lumed.engine import Engine
-from lumed.http.bodies import CancelPullBody, PruneBody, PullBody, PushBody, Text
-from lumed.http.replies import ImageObject, MessageReply, PruneReply, PushReply, VmReply
-from lumed.http.shapes import image_object, json_response, vm_object
+from lumed.http.bodies import BuildBody, CancelPullBody, PruneBody, PullBody, PushBody, Text
+from lumed.http.replies import (
+    ImageObject,
+    MessageReply,
+    OperationObject,
+    PruneReply,
+    PushReply,
+    VmReply,
+)
+from lumed.http.shapes import image_object, json_response, operation_object, vm_object
 
 
 def pull_routes(engine: Engine) -> APIRouter:
@@ -78,6 +85,16 @@ def image_routes(engine: Engine) -> APIRouter:
     ) -> Response:
         images = map(image_object, await engine.list_images())
         return json_response([image for image in images if _is_of(image, organization)])
+
+    @router.post(
+        "/images/build",
+        response_model=OperationObject,
+        status_code=202,
+        summary="Build a guest image from Debian's packages",
+    )
+    async def build(body: BuildBody) -> Response:
+        operation = await engine.build_image(body.to_request())
+        return json_response({"message": "Build started", **operation_object(operation)}, 202)
 
     @router.delete(
         "/images/{reference:path}", response_model=MessageReply, summary="Delete a cached image"

@@ -54,7 +54,7 @@ _LONG_WORK_AT_ONCE = 4
 # Stage, bytes done, bytes to do (0, 0: unknown); called in the event loop.
 Report = Callable[[str, int, int], None]
 # Called with what an image says of itself, before its first byte is fetched; may refuse it.
-Accept = Callable[[ImageAbout], None]
+Accept = Callable[[ImageAbout], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)

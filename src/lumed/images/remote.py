@@ -49,7 +49,7 @@ async def fetch_image(
         look = partial(_look, registry, reference)
         manifest, plan = await cache.run_long(look, stop)
         about = _about(manifest, plan)
-        accept(about)
+        await accept(about)
         loop = asyncio.get_running_loop()
 
         def tell(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The images of the cache, which VMs rest on them, and what can go."""
+"""The images of the cache: built, listed, and removed if no VM rests on them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from lumed.images.local import ImageCache, is_linked
 from lumed.images.record import RECORD, CachedImage
 from lumed.images.reference import parse_full_reference
 from lumed.model.image import ImageView, Pruned
+from lumed.model.request import BuildRequest
+from lumed.service.making import Work
+from lumed.service.operations import RunningOperation
 from lumed.store.index import StoredVm, VmIndex
 from lumed.store.layers import find_image
 
@@ -24,6 +27,7 @@ class Library:
     def __init__(self, cache: ImageCache, index: VmIndex) -> None:
         self._cache = cache
         self._index = index
+        self._building = asyncio.Lock()  # one takes both cores
 
     async def list_images(self) -> list[ImageView]:
         """Every image in the cache, by name."""
@@ -32,6 +36,25 @@ class Library:
     async def remove(self, name: str) -> ImageView:
         """Forget a name, and remove its image with the last one. Raises NotFound, WrongState."""
         return await asyncio.to_thread(self._remove, name)
+
+    def plan_build(self, request: BuildRequest) -> Work:
+        """The work of a build. Raises InvalidField; imports the builder, so not in the loop."""
+        from lumed.images.build import debian_guest, plan_recipe
+
+        guest = debian_guest(plan_recipe(request.image, request.packages, request.run))
+
+        async def work(operation: RunningOperation) -> None:
+            operation.stage("waiting for another build")
+            async with self._building:
+                image = await self._cache.get_or_make(
+                    f"{request.image.replace(':', '-')}-{guest.version}",
+                    request.image,
+                    lambda path: guest.build(path, operation.stage),
+                )
+            await asyncio.to_thread(self._cache.names.write, request.image, image.id)
+            operation.tell_result(image.id)
+
+        return work
 
     async def prune(self, *, dry_run: bool) -> Pruned:
         """Remove every image that nothing rests on, and downloads that nobody goes on with."""

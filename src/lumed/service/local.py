@@ -24,6 +24,7 @@ from lumed.model.host import Accelerator, HostStatus
 from lumed.model.image import ImageView, Pruned
 from lumed.model.operation import Operation, OperationStatus
 from lumed.model.request import (
+    BuildRequest,
     CloneRequest,
     CreateRequest,
     PullRequest,
@@ -88,13 +89,13 @@ class LocalEngine:
         self._find_accelerator = find_accelerator
         self._tasks = tasks
         self._index = VmIndex(Locations(home, settings))
-        self._sources = Sources(images, lambda: self._keeper.settings)
+        self._sources = Sources(images, lambda: self._keeper.settings, driver.check_ready)
         self._keeper = SettingsKeeper(home, settings, self._index, images, self._sources.choose)
         self._operations = Operations(home.operations, tasks)
         self._gate = Gate()
         self._views = Views()
         self._making = Making(self._index, self._gate, self._operations)
-        self._provisioning = Provisioning(self._sources)
+        self._provisioning = Provisioning(self._sources, driver.check_ready)
         self._pulls = Pulls(
             self._index,
             self._making,
@@ -373,6 +374,11 @@ class LocalEngine:
         except BaseException:
             self._gate.leave(path)
             raise
+
+    async def build_image(self, request: BuildRequest) -> Operation:
+        """See Engine."""
+        work = await asyncio.to_thread(self._library.plan_build, request)
+        return await self._operations.start("build", request.image, work)
 
     async def list_images(self) -> list[ImageView]:
         """See Engine."""

@@ -15,12 +15,12 @@ from lumed.images.inspect import DiskFacts
 from lumed.images.local import hold_image
 from lumed.images.record import CachedImage
 from lumed.model.request import CreateRequest
-from lumed.model.vm import Firmware, GuestOs, VmConfig
+from lumed.model.vm import Architecture, Firmware, GuestOs, VmConfig
 from lumed.naming import new_mac_address
 from lumed.network.plan import parse_network
 from lumed.osproc import get_program
 from lumed.service.operations import RunningOperation, utc_now
-from lumed.service.sources import Source, Sources
+from lumed.service.sources import CheckMachine, Source, Sources
 from lumed.store.disk import create_empty, create_overlay
 from lumed.store.layers import link_file
 from lumed.store.staging import start_staging
@@ -35,8 +35,9 @@ _NEEDED_BYTES = 4 * MIB
 class Provisioning:
     """Makes VMs in a location; knows nothing of those that exist."""
 
-    def __init__(self, sources: Sources) -> None:
+    def __init__(self, sources: Sources, check_machine: CheckMachine) -> None:
         self._sources = sources
+        self._check_machine = check_machine
 
     async def check(self, request: CreateRequest, location: Path) -> Source | None:
         """Everything that can be known before work begins; the image, None for an empty disk."""
@@ -73,6 +74,8 @@ class Provisioning:
         if image is not None:
             check_os(image.about.os)
             _check_fits(request, image.facts)
+            firmware = request.firmware or image.facts.firmware
+            await self._check_machine(image.about.architecture, firmware)
         operation.stage("making the disk")
         async with AsyncExitStack() as stack:
             staged = await stack.enter_async_context(start_staging(location, operation.id))
@@ -102,6 +105,7 @@ class Provisioning:
                 ports=request.ports,
                 ssh_keys=request.ssh_keys,
                 user_data=request.user_data,
+                architecture=Architecture.AMD64 if image is None else image.about.architecture,
                 created_at=utc_now(),
             )
             # To the end even when cancelled: the folder is removed right after.

@@ -17,12 +17,16 @@ from lumed.errors import InvalidField
 from lumed.files import expand_path
 from lumed.images.auth import Credentials
 from lumed.images.inspect import DiskFacts, inspect_disk
-from lumed.images.local import Accept, ImageCache, Report
+from lumed.images.local import ImageCache, Report
 from lumed.images.record import CachedImage
 from lumed.images.reference import ImageReference, parse_full_reference
-from lumed.model.vm import Architecture
+from lumed.model.image import ImageAbout
+from lumed.model.vm import Architecture, Firmware, GuestOs
 from lumed.service.operations import RunningOperation
 from lumed.settings import Settings, catalog_path
+
+# Raises MissingDependency or InvalidField if this host cannot run such a machine.
+CheckMachine = Callable[[Architecture, Firmware], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +47,13 @@ async def get_image(source: Source, operation: RunningOperation) -> CachedImage:
 class Sources:
     """Finds images by name, and gets them into the cache."""
 
-    def __init__(self, cache: ImageCache, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self, cache: ImageCache, settings: Callable[[], Settings], check_machine: CheckMachine
+    ) -> None:
+        """check_machine raises for a processor that no machine of this host has."""
         self._cache = cache
         self._settings = settings
+        self._check_machine = check_machine
 
     async def choose(self, name: str, field: str) -> Source:
         """The source of that name. Raises InvalidField (`field`) that says what is known."""
@@ -92,9 +100,12 @@ class Sources:
         credentials: Credentials | None = None,
         *,
         renew: bool = False,
-        accept: Accept = lambda _: None,
+        accept: Callable[[ImageAbout], object] = lambda _: None,
     ) -> Source:
-        """An image of a registry; renew also asks there when the cache knows the name."""
+        """An image of a registry; renew also asks there when the cache knows the name.
+
+        accept gets what the image says of itself before its first byte, and may raise.
+        """
         if not renew:
             cached = await asyncio.to_thread(self._cache.find_named, str(reference))
             if cached is not None:
@@ -105,9 +116,15 @@ class Sources:
         self,
         reference: ImageReference,
         credentials: Credentials | None,
-        accept: Accept,
+        accept: Callable[[ImageAbout], object],
         report: Report,
     ) -> CachedImage:
+        async def look(about: ImageAbout) -> None:
+            accept(about)
+            # Before the first byte; an image of macOS comes into the cache whatever its processor.
+            if about.os is GuestOs.LINUX:
+                await self._check_machine(about.architecture, Firmware.UEFI)
+
         # With its HTTP client and decoders: only when needed.
         from lumed.images.remote import fetch_image
 
@@ -116,7 +133,7 @@ class Sources:
             reference,
             credentials,
             insecure=self._settings().insecure_registries,
-            accept=accept,
+            accept=look,
             report=report,
         )
 

@@ -14,7 +14,7 @@ from lumed.images.reference import ImageReference, parse_full_reference, parse_r
 from lumed.model.image import ImageAbout
 from lumed.model.request import CreateRequest, PullRequest, PushRequest
 from lumed.model.view import VmView
-from lumed.model.vm import Architecture, Display, VmConfig, VmState
+from lumed.model.vm import Display, VmConfig, VmState
 from lumed.naming import check_vm_name
 from lumed.service.making import Making, Work
 from lumed.service.operations import RunningOperation
@@ -147,7 +147,7 @@ def plan_push(
             memory_bytes=config.memory_bytes,
             display=config.display,
             network=config.network,
-            architecture=Architecture.AMD64,
+            architecture=config.architecture,
             firmware=config.firmware,
             uefi_vars=vm_dir.uefi_vars if vm_dir.uefi_vars.exists() else None,
         )
