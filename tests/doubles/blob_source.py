@@ -42,7 +42,7 @@ class MemoryBlobs:
     piece_bytes: int = 1 << 20
     ignore_range: bool = False
     cuts: dict[str, list[int]] = field(default_factory=dict)
-    on_read: Callable[[], None] = lambda: None
+    on_read: Callable[[], object] = lambda: None
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, int]] = field(default_factory=list)
     sent_bytes: int = 0

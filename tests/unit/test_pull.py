@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import zstandard
 
+import lumed.images.pull
 from lumed.errors import NoSpace, NotPossibleHere, RegistryFailed
+from lumed.images.decode import BadData, open_decoder
 from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import find_config, plan_image
 from lumed.images.oci import Descriptor, Manifest, digest_of
@@ -118,14 +120,32 @@ def test_lume_slices_become_the_disk(pack: Any, tmp_path: Path) -> None:
     assert not list((tmp_path / "sha256").iterdir())
 
 
-def test_wrong_bytes_are_told_by_their_digest(tmp_path: Path) -> None:
-    # In small pieces and wrong from the start, so that the unpacking fails first.
-    blobs, disk = MemoryBlobs(piece_bytes=500), make_disk(3)
+def test_wrong_bytes_are_told_even_if_they_cannot_be_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, disk = MemoryBlobs(piece_bytes=500), make_disk(1)
     plan = plan_image(lume_image(blobs, disk), b"{}")
     digest = plan.parts[0].blob.digest
-    blobs.blobs[digest] = blobs.blobs[digest][:20] + bytes(20) + blobs.blobs[digest][40:]
+    blobs.blobs[digest] = blobs.blobs[digest][:10] + b"\xff" + blobs.blobs[digest][11:]
+    failed = threading.Event()
+
+    class Watched:
+        def __init__(self, *arguments: Any) -> None:
+            self._decoder = open_decoder(*arguments)
+
+        def readinto(self, buffer: memoryview, /) -> int:
+            try:
+                return self._decoder.readinto(buffer)
+            except BadData:
+                failed.set()
+                raise
+
+    # The rest arrives once the unpacking has failed.
+    monkeypatch.setattr(lumed.images.pull, "open_decoder", Watched)
+    blobs.on_read = lambda: blobs.sent_bytes < 2000 or failed.wait(30)
     with pytest.raises(RegistryFailed, match=f"wrong bytes for the blob {digest}"):
         pull(blobs, plan, tmp_path)
+    assert failed.is_set()
 
 
 LZ4 = "application/octet-stream+lz4"
