@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ from lumed.images.blobs import get_blob_path
 from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import plan_image
 from lumed.images.oci import ConnectionLost
-from lumed.images.pull import drop_blobs, needed_bytes, pull_disk
+from lumed.images.pull import BLOBS_AT_ONCE, drop_blobs, needed_bytes, pull_disk
 from lumed.threads import Stopped
 from tests.doubles.blob_source import MemoryBlobs
 from tests.unit.test_pull import gzip_pack, lume_image, make_disk, pull
@@ -190,6 +191,18 @@ def test_too_little_space_is_told_before_the_first_byte(
     assert not blobs.requests
 
 
+def test_a_disk_too_large_for_the_file_system_is_told(
+    blobs: MemoryBlobs, plan: ImagePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ftruncate(fd: int, size: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "ftruncate", ftruncate)
+    with pytest.raises(NoSpace, match="cannot hold a file"):
+        pull(blobs, plan, tmp_path)
+    assert not blobs.requests
+
+
 def test_progress_counts_blobs_to_their_end(
     blobs: MemoryBlobs, plan: ImagePlan, tmp_path: Path
 ) -> None:
@@ -244,4 +257,4 @@ def test_a_killed_pull_is_resumed_and_fetches_no_byte_twice(tmp_path: Path) -> N
         sent += int((tmp_path / "sent").read_text())
     assert pull(blobs, plan, tmp_path) == disk
     # At each kill, one piece for each blob under way was sent and not yet written.
-    assert total <= sent + blobs.sent_bytes <= total + kills * 2 * blobs.piece_bytes
+    assert total <= sent + blobs.sent_bytes <= total + kills * BLOBS_AT_ONCE * blobs.piece_bytes

