@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,8 +33,14 @@ _RUNS = st.lists(
 CONTENTS = _RUNS.map(lambda runs: b"".join(bytes([byte]) * count for byte, count in runs))
 
 
-def write(fd: int, content: bytes, offsets: list[int], pieces: list[int]) -> int:
-    writer = SparseWriter(fd, offsets, len(content))
+def write(
+    fd: int,
+    content: bytes,
+    offsets: list[int],
+    pieces: list[int],
+    beside: ThreadPoolExecutor | None = None,
+) -> int:
+    writer = SparseWriter(fd, offsets, len(content), beside=beside)
     at = turn = 0
     while at < len(content):
         space = writer.space()
@@ -50,13 +57,15 @@ def write(fd: int, content: bytes, offsets: list[int], pieces: list[int]) -> int
     content=CONTENTS,
     first=st.one_of(st.integers(0, 9000), st.sampled_from([0, 4096, 1 << 20])),
     pieces=st.lists(st.sampled_from([1000, 4096, 77_777, 1 << 20]), min_size=1, max_size=4),
+    is_beside=st.booleans(),
 )
 def test_a_stream_lies_on_the_disk_at_each_place(
-    content: bytes, first: int, pieces: list[int]
+    content: bytes, first: int, pieces: list[int], is_beside: bool
 ) -> None:
     second = first + len(content) + 17
-    with tempfile.TemporaryFile() as file:
-        assert write(file.fileno(), content, [first, second], pieces) == len(content)
+    with tempfile.TemporaryFile() as file, ThreadPoolExecutor(1) as pool:
+        beside = pool if is_beside else None
+        assert write(file.fileno(), content, [first, second], pieces, beside) == len(content)
         os.ftruncate(file.fileno(), second + len(content))
         assert os.pread(file.fileno(), 1 << 30, 0) == (bytes(first) + content + bytes(17) + content)
 

@@ -43,7 +43,7 @@ from lumed.images.decode import (
 from lumed.images.formats.plan import Compression, DiskPart, ImagePlan
 from lumed.images.oci import Descriptor
 from lumed.images.qcow2 import MAX_VIRTUAL_BYTES
-from lumed.images.sparse import SparseWriter, TooLong
+from lumed.images.sparse import Hasher, SparseWriter, TooLong
 from lumed.images.tar import TarDisk
 from lumed.threads import Stopped
 from lumed.units import describe_size
@@ -263,7 +263,7 @@ class _Pull:
         limit = MAX_VIRTUAL_BYTES - max(offsets) if size is None else size
         with self._open_content(file, fd, parts[0].compression) as (decoder, kind):
             hasher = hashlib.sha256() if digest and kind is not Compression.ZSTD else None
-            count = self._copy(decoder, SparseWriter(self._fd, offsets, limit, hasher))
+            count = self._copy(decoder, offsets, limit, hasher)
         if size is not None and count != size:
             raise BadData(f"it unpacks to {count} bytes and not to the {size} that were announced")
         if hasher is not None and f"sha256:{hasher.hexdigest()}" != digest:
@@ -276,15 +276,28 @@ class _Pull:
             size = archive.find()
             if size is not None:
                 os.ftruncate(self._fd, size)
-                self._copy(archive, SparseWriter(self._fd, [0], size))
+                self._copy(archive, [0], size)
             archive.check_rest()
         return size is not None
 
-    def _copy(self, decoder: Decoder, writer: SparseWriter) -> int:
-        while count := decoder.readinto(writer.space()):
-            writer.commit(count)
-            self._check()
-        return writer.finish()
+    def _copy(
+        self,
+        decoder: Decoder,
+        offsets: Sequence[int],
+        limit: int,
+        hasher: Hasher | None = None,
+    ) -> int:
+        """Unpack to the disk at each offset; returns the length."""
+        with contextlib.ExitStack() as stack:
+            beside = None
+            if self._plan.in_tar or len(self._plan.blobs) == 1:
+                # No other blob keeps the second core busy.
+                beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+            writer = SparseWriter(self._fd, offsets, limit, hasher, beside)
+            while count := decoder.readinto(writer.space()):
+                writer.commit(count)
+                self._check()
+            return writer.finish()
 
     def _check(self) -> None:
         if self._stop.is_set() or self._failure is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Protocol
 
 BLOCK_BYTES = 4096
@@ -30,17 +31,26 @@ class SparseWriter:
 
     Fill space(), then commit() what was filled; finish() writes the rest. Blocks of 4 KiB that
     lie aligned on the disk and hold only zeros are left out. Raises TooLong before anything past
-    `limit` bytes is written. Not for several threads at once.
+    `limit` bytes is written. With `beside`, which runs one task at a time, a full buffer is
+    written there while the next one is filled; its end must be waited for whatever happens.
     """
 
     def __init__(
-        self, fd: int, offsets: Sequence[int], limit: int, hasher: Hasher | None = None
+        self,
+        fd: int,
+        offsets: Sequence[int],
+        limit: int,
+        hasher: Hasher | None = None,
+        beside: Executor | None = None,
     ) -> None:
         self._fd = fd
         self._offsets = offsets
         self._limit = limit
         self._hasher = hasher
+        self._beside = beside
+        self._pending: Future[None] | None = None
         self._buffer = bytearray(_BUFFER_BYTES)
+        self._other = bytearray(_BUFFER_BYTES if beside else 0)
         self._view = memoryview(self._buffer)
         self._fill = 0
         self._done = 0
@@ -67,21 +77,41 @@ class SparseWriter:
     def finish(self) -> int:
         """Write what is left; returns the length of the stream."""
         self._flush()
+        self._wait_written()
         return self._done
 
     def _flush(self) -> None:
-        if self._hasher is not None:
-            self._hasher.update(self._view[: self._fill])
-        for start, end in find_data(self._buffer, self._fill, self._offsets[0] + self._done):
-            for offset in self._offsets:
-                self._write(start, end, offset + self._done)
+        if self._beside is None:
+            self._write_buffer(self._buffer, self._fill, self._done)
+        else:
+            self._wait_written()
+            self._pending = self._beside.submit(
+                self._write_buffer, self._buffer, self._fill, self._done
+            )
+            self._buffer, self._other = self._other, self._buffer
+            self._view = memoryview(self._buffer)
         self._done += self._fill
         self._fill = 0
         self._until = _BUFFER_BYTES
 
-    def _write(self, start: int, end: int, offset: int) -> None:
-        while start < end:
-            start += os.pwrite(self._fd, self._view[start:end], offset + start)
+    def _wait_written(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def _write_buffer(self, buffer: bytearray, fill: int, done: int) -> None:
+        view = memoryview(buffer)
+        if self._hasher is not None:
+            self._hasher.update(view[:fill])
+        for start, end in find_data(buffer, fill, self._offsets[0] + done):
+            for offset in self._offsets:
+                self._write(view[start:end], offset + done + start)
+
+    def _write(self, data: memoryview, at: int) -> None:
+        while data:
+            count = os.pwrite(self._fd, data, at)
+            data = data[count:]
+            at += count
 
 
 def find_data(buffer: bytearray, length: int, disk_offset: int) -> Iterator[tuple[int, int]]:
