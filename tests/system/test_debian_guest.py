@@ -1,0 +1,107 @@
+"""The second real guest: Debian, built from its mirror, from the first boot to an orderly end.
+
+One build and one boot for all of it: in software emulation each takes minutes on a busy machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lumed.images.build import build_debian, plan_recipe
+from tests.system.harness import Server, running_server
+
+pytestmark = pytest.mark.timeout(900)
+# Idle: half a minute. A machine that runs other tests meanwhile takes a multiple.
+BOOT_S = 400.0
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built image."""
+    recipe = plan_recipe("debian:12", ["tree"], ["echo built > /etc/built", "id -un >> /etc/built"])
+    directory = tmp_path_factory.mktemp("debian")
+    return asyncio.run(build_debian(recipe, directory, lambda _: None)).disk
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Iterator[Server]:
+    """One server for the one guest."""
+    with running_server(tmp_path_factory.mktemp("debian-home") / "home", image_cache) as server:
+        yield server
+
+
+def ssh(server: Server, address: str, command: str, timeout_s: float = 90.0) -> str:
+    """What a command prints in the guest, for the seed's user with the home's key."""
+    options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null")
+    argv = ["ssh", "-q", "-F", "/dev/null", "-i", str(server.home / "ssh" / "id_ed25519")]
+    for option in (*options, f"ConnectTimeout={timeout_s:g}"):
+        argv += ["-o", option]
+    ended = subprocess.run(
+        [*argv, f"lume@{address}", command],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert ended.returncode == 0, f"{command!r}: {ended.stdout!r} {ended.stderr!r}"
+    return ended.stdout.strip()
+
+
+def read_files(vm_disk: Path, scratch: Path, name: str) -> bytes:
+    """All files of a folder of the guest's root file system, put together."""
+    raw, out = scratch / "raw", scratch / "out"
+    out.mkdir()
+    subprocess.run(["qemu-img", "convert", "-O", "raw", vm_disk, raw], check=True)
+    # The second partition lies behind the first 129 MiB, see images/build.py.
+    where = f"{raw}?offset={129 << 20}"
+    argv = ["/sbin/debugfs", "-R", f"rdump {name} {out}", where]
+    subprocess.run(argv, check=True, capture_output=True)
+    return b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_a_built_debian_boots_grows_sees_shares_and_shuts_down_in_order(
+    server: Server, disk: Path, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "from-host").write_text("hello guest\n")
+    share = {"hostPath": str(shared), "readOnly": False}
+    server.create("deb", image=str(disk), diskSize="7GB", memory="1GB", cpu=2)
+    server.run("deb", sharedDirectories=[share])
+    # An address is told once sshd has said its name.
+    address = server.wait_for("deb", lambda vm: "ipAddress" in vm, BOOT_S)["ipAddress"]
+
+    def sh(command: str) -> str:
+        return ssh(server, address, command)
+
+    assert sh("id -un; hostname; sudo id -un") == "lume\ndeb\nroot"
+    # What came with the recipe.
+    assert sh("cat /etc/built; command -v tree") == "built\nroot\n/usr/bin/tree"
+    # The root file system has the whole of a disk that is larger than the image.
+    assert sh("sudo cloud-init status --wait").endswith("status: done")
+    assert int(sh("df --output=size -B1 / | tail -1")) > 6 * 1024**3
+    # A share is there, both ways.
+    assert sh("cat /mnt/shared/shared/from-host") == "hello guest"
+    sh("echo hello host | sudo tee /mnt/shared/shared/from-guest")
+    assert (shared / "from-guest").read_text() == "hello host\n"
+    assert sh("systemctl --failed --no-legend --plain") == ""
+    # What belongs to one machine was made by this one.
+    assert len(sh("cat /etc/machine-id")) == 32
+    # A kernel update would reach the partition that the boot loaders read.
+    sh("sudo /usr/local/sbin/update-boot-partition")
+    listed = sh("sudo mount /boot/efi && cd /boot/efi && ls && cat syslinux.cfg loader/entries/*")
+    sh("sudo umount /boot/efi")
+    version = sh("uname -r")
+    assert listed.count(f"/vmlinuz-{version}-") == 2
+    assert listed.count(f"/initramfs-{version}-") == 2
+
+    stopped = server.call("POST", "/vms/deb/stop", 200)
+    assert stopped["lastEnd"]["step"] == "power-button"
+    journal = read_files(server.vm_dir("deb") / "disk.qcow2", tmp_path, "/var/log/journal")
+    assert b"Power key pressed" in journal
+    assert b"Reached target poweroff.target" in journal or b"System Power Off" in journal
