@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -366,6 +367,8 @@ def clone_until(world: World, step: int) -> bool:
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        # The threads of this one have stayed behind in the parent.
+        cloning._threads = ThreadPoolExecutor(1)
         sys.addaudithook(count)
         asyncio.run(world.clone("source", "clone"))
         os._exit(0)

@@ -16,7 +16,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ from lumed.units import MIB
 # Copied in 5 ms; a layer would cost every later read of both VMs a little.
 _COPIED_BYTES = 4 * MIB
 _FLATTEN_S = 6 * 3600.0
+# Of their own: some take minutes, and no request should wait for a thread until they are over.
+_threads = ThreadPoolExecutor(4, thread_name_prefix="clone")
 
 
 def request_of_clone(name: str, source: VmConfig) -> CreateRequest:
@@ -82,10 +84,9 @@ async def make_clone(
         is_clone=True,
     )
     stop = threading.Event()
-    async with AsyncExitStack() as stack:
-        staged = await stack.enter_async_context(start_staging(location, operation.id))
+    async with start_staging(location, operation.id) as staged:
         work = _Copying(source, staged.vm_dir, stop, partial(operation.report, "copying"))
-        await run_to_end(work.make_disk, on_cancel=stop.set)
+        await run_to_end(work.make_disk, on_cancel=stop.set, executor=_threads)
         await run_to_end(partial(write_config, staged.vm_dir, changed))
         await run_to_end(partial(staged.publish, name))
 
