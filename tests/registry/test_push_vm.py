@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.registry.faults import FaultProxy
-from tests.registry.world import RunningRegistry
+from tests.registry.world import OCI_MANIFEST, RunningRegistry
 from tests.system.harness import Server, running_server
 
 _TAGS = ["1", "latest"]
@@ -27,7 +27,7 @@ def server(tmp_path: Path, image_cache: Path) -> Iterator[Server]:
 
 
 def push(server: Server, host: str, status: int = 202, **more: Any) -> dict[str, Any]:
-    body = {"name": "web", "imageName": "web", "tags": _TAGS, "registry": host}
+    body: dict[str, Any] = {"name": "web", "imageName": "web", "tags": _TAGS, "registry": host}
     body |= {"organization": "push", "chunkSizeMb": 8}
     return dict(server.call("POST", "/vms/push", status, json=body | more))
 
@@ -73,7 +73,9 @@ def test_what_was_pushed_pulls_back_byte_for_byte_and_boots(
     for tag in _TAGS:
         name = f"docker://{registry.host}/push/web:{tag}"
         assert skopeo("inspect", "--raw", name)["schemaVersion"] == 2
-        _, headers, _ = registry.request("HEAD", f"/v2/push/web/manifests/{tag}")
+        _, headers, _ = registry.request(
+            "HEAD", f"/v2/push/web/manifests/{tag}", headers={"Accept": OCI_MANIFEST}
+        )
         assert headers["Docker-Content-Digest"] == operation["result"]
     if form == "containerDisk":
         assert skopeo("inspect", name)["Architecture"] == "amd64"
@@ -93,7 +95,7 @@ def test_a_vm_is_held_while_it_is_pushed_and_a_killed_push_goes_on(
     server.create("web", diskSize="128MB")
     go_on = threading.Event()
     proxy.hold("/manifests/", go_on)
-    push(server, proxy.host)
+    push(server, proxy.host, organization="held")
     assert proxy.noticed.wait(30)
     assert server.call("POST", "/vms/web/run", 409, json={})["fields"]["action"] == "push"
     assert server.vm("web")["operation"]
@@ -103,7 +105,7 @@ def test_a_vm_is_held_while_it_is_pushed_and_a_killed_push_goes_on(
     proxy.clear()
     server.start()
     before = proxy.uploaded
-    assert wait_over(server, push(server, proxy.host))["status"] == "succeeded"
+    assert wait_over(server, push(server, proxy.host, organization="held"))["status"] == "succeeded"
     # The manifests, and no blob.
     assert proxy.uploaded - before < 64 << 10
     assert not any((server.home / "cache").rglob("owner.lock"))

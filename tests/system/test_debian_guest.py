@@ -5,27 +5,20 @@ One build and one boot for all of it: in software emulation each takes minutes o
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lumed.images.build import build_debian, plan_recipe
 from tests.system.harness import Server, running_server
 
 pytestmark = pytest.mark.timeout(900)
 # Idle: half a minute. A machine that runs other tests meanwhile takes a multiple.
 BOOT_S = 400.0
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built image."""
-    recipe = plan_recipe("debian:12", ["tree"], ["echo built > /etc/built", "id -un >> /etc/built"])
-    directory = tmp_path_factory.mktemp("debian")
-    return asyncio.run(build_debian(recipe, directory, lambda _: None)).disk
+BUILD_S = 600.0
+IDENTITY = "cat /etc/machine-id; cut -d' ' -f1,2 /etc/ssh/ssh_host_ed25519_key.pub"
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +57,29 @@ def read_files(vm_disk: Path, scratch: Path, name: str) -> bytes:
     return b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
-def test_a_built_debian_boots_grows_sees_shares_and_shuts_down_in_order(
-    server: Server, disk: Path, tmp_path: Path
+def build(server: Server) -> None:
+    """Build the image debian:12 through the API."""
+    recipe = {"packages": ["tree"], "run": ["echo built > /etc/built", "id -un >> /etc/built"]}
+    begun = server.call("POST", "/images/build", 202, json={"image": "debian:12", **recipe})
+    give_up_at = time.monotonic() + BUILD_S
+    while True:
+        operation = server.call("GET", f"/operations/{begun['id']}", 200)
+        if operation["status"] != "running":
+            break
+        assert time.monotonic() < give_up_at, operation
+        time.sleep(0.5)
+    assert operation["status"] == "succeeded", operation
+
+
+def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_cloned(
+    server: Server, tmp_path: Path
 ) -> None:
+    build(server)
     shared = tmp_path / "shared"
     shared.mkdir()
     (shared / "from-host").write_text("hello guest\n")
     share = {"hostPath": str(shared), "readOnly": False}
-    server.create("deb", image=str(disk), diskSize="7GB", memory="1GB", cpu=2)
+    server.create("deb", image="debian:12", diskSize="7GB", memory="1GB", cpu=2)
     server.run("deb", sharedDirectories=[share])
     # An address is told once sshd has said its name.
     address = server.wait_for("deb", lambda vm: "ipAddress" in vm, BOOT_S)["ipAddress"]
@@ -91,7 +99,8 @@ def test_a_built_debian_boots_grows_sees_shares_and_shuts_down_in_order(
     assert (shared / "from-guest").read_text() == "hello host\n"
     assert sh("systemctl --failed --no-legend --plain") == ""
     # What belongs to one machine was made by this one.
-    assert len(sh("cat /etc/machine-id")) == 32
+    identity = sh(IDENTITY)
+    assert len(identity.split()[0]) == 32
     # A kernel update would reach the partition that the boot loaders read.
     sh("sudo /usr/local/sbin/update-boot-partition")
     listed = sh("sudo mount /boot/efi && cd /boot/efi && ls && cat syslinux.cfg loader/entries/*")
@@ -105,3 +114,13 @@ def test_a_built_debian_boots_grows_sees_shares_and_shuts_down_in_order(
     journal = read_files(server.vm_dir("deb") / "disk.qcow2", tmp_path, "/var/log/journal")
     assert b"Power key pressed" in journal
     assert b"Reached target poweroff.target" in journal or b"System Power Off" in journal
+
+    # A clone is another machine, with the same files.
+    server.call("POST", "/vms/clone", 200, json={"name": "deb", "newName": "twin"})
+    server.run("twin")
+    address = server.wait_for("twin", lambda vm: "ipAddress" in vm, BOOT_S)["ipAddress"]
+    assert ssh(server, address, "cat /etc/built; hostname") == "built\nroot\ntwin"
+    twin = ssh(server, address, IDENTITY)
+    assert len(twin.split()) == len(identity.split())
+    assert not set(twin.split()) & set(identity.split()) - {"ssh-ed25519"}
+    server.call("POST", "/vms/twin/stop?force=true", 200)
