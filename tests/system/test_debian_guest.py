@@ -103,8 +103,10 @@ def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_clone
     assert len(identity.split()[0]) == 32
     # A kernel update would reach the partition that the boot loaders read.
     sh("sudo /usr/local/sbin/update-boot-partition")
-    listed = sh("sudo mount /boot/efi && cd /boot/efi && ls && cat syslinux.cfg loader/entries/*")
-    sh("sudo umount /boot/efi")
+    show = (
+        "mount /boot/efi; cd /boot/efi; cat syslinux.cfg loader/entries/*; cd /; umount /boot/efi"
+    )
+    listed = sh(f"sudo sh -ec '{show}'")
     version = sh("uname -r")
     assert listed.count(f"/vmlinuz-{version}-") == 2
     assert listed.count(f"/initramfs-{version}-") == 2
