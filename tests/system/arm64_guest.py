@@ -13,6 +13,7 @@ from pathlib import Path
 from lumed.images.debs import unpack_packages
 from lumed.images.initramfs import Archive, read_modules
 
+MENU = "the guest waits for Enter"
 READY = "arm64 guest ready on aarch64"
 _PACKAGES = ("busybox-static", "systemd-boot-efi")
 _DISK_BYTES = 48 << 20
@@ -49,7 +50,7 @@ echo "power button pressed" > /dev/console
 poweroff -f
 """
 _ENTRY = """\
-title guest
+title {menu}
 linux /vmlinuz
 initrd /initramfs
 options console=ttyAMA0 quiet
@@ -57,7 +58,7 @@ options console=ttyAMA0 quiet
 
 
 def build_arm64_disk(folder: Path) -> Path:
-    """A raw disk that boots by UEFI and prints READY on its serial console."""
+    """A raw disk that boots by UEFI: MENU waits for a key, then READY is on the serial console."""
     root = folder / "root"
     unpack_packages(_fetch(folder), root)
     initramfs = folder / "initramfs"
@@ -75,8 +76,8 @@ def build_arm64_disk(folder: Path) -> Path:
     run("mcopy", next(root.glob("boot/vmlinuz-*")), "::/vmlinuz")
     run("mcopy", initramfs, "::/initramfs")
     run("mcopy", loader, "::/EFI/BOOT/BOOTAA64.EFI")
-    run("mcopy", "-", "::/loader/loader.conf", stdin=b"timeout 0\n")
-    run("mcopy", "-", "::/loader/entries/guest.conf", stdin=_ENTRY.encode())
+    run("mcopy", "-", "::/loader/loader.conf", stdin=b"timeout menu-force\n")
+    run("mcopy", "-", "::/loader/entries/guest.conf", stdin=_ENTRY.format(menu=MENU).encode())
     return disk
 
 

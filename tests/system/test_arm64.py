@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from lumed.machine.qemu.driver import QemuDriver
 from lumed.main import get_qemu
 from lumed.model.host import Accelerator
 from lumed.model.vm import Architecture, Firmware
-from tests.system.arm64_guest import READY, build_arm64_disk
+from tests.system.arm64_guest import MENU, READY, build_arm64_disk
 from tests.system.harness import Server, running_server
 
 ARM64 = Architecture.ARM64
@@ -39,10 +40,13 @@ def test_an_arm64_guest_boots_shows_its_screen_and_heeds_the_power_button(
 
     vm = server.run("arm")
     assert (vm["architecture"], vm["accelerator"], vm["firmware"]) == ("arm64", "tcg", "uefi")
-    server.wait_serial("arm", READY, 150)
-    with server.client() as client:
-        picture = client.get("/vms/arm/screenshot")
-    assert picture.content.startswith(b"\x89PNG")
+    server.wait_serial("arm", MENU, 100)
+    menu = take_screenshot(server)
+    assert struct.unpack_from(">4x4sII", menu, 8) == (b"IHDR", 1024, 768)
+    with server.typing(""):
+        server.wait_serial("arm", READY, 100)
+    # This kernel has no driver for the screen, and QEMU says so in the picture.
+    assert take_screenshot(server) != menu
     with socket.create_connection(("127.0.0.1", vm["vncPort"]), timeout=10) as screen:
         assert screen.recv(4) == b"RFB "
 
@@ -50,6 +54,11 @@ def test_an_arm64_guest_boots_shows_its_screen_and_heeds_the_power_button(
     stopped = server.wait_for("arm", lambda vm: vm["state"] == "stopped", 25)
     assert stopped["lastEnd"]["step"] == "power-button"
     assert "power button pressed" in (server.vm_dir("arm") / "serial.log").read_text()
+
+
+def take_screenshot(server: Server) -> bytes:
+    with server.client() as client:
+        return client.get("/vms/arm/screenshot").raise_for_status().content
 
 
 async def foreign(_: Architecture) -> Accelerator:

@@ -113,6 +113,8 @@ def _disks(spec: MachineSpec) -> list[str]:
 def _console(spec: MachineSpec) -> list[str]:
     size = {"xres": spec.display.width, "yres": spec.display.height, "edid": True}
     if spec.architecture is Architecture.ARM64:
+        # A kernel without its driver (Debian's cloud kernel) lets the screen go dark; ramfb, which
+        # shows that one's console, knows neither this size nor a change of it.
         argv = _device("virtio-gpu-pci", **size)
         # AAVMF reads no virtio keyboard.
         argv += _device("qemu-xhci") + _device("usb-kbd") + _device("usb-tablet")
