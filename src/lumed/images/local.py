@@ -285,7 +285,7 @@ class ImageCache:
     ) -> CachedImage:
         """Inspect, make read-only and durable, and let the image appear by one rename."""
         # The copy is inspected, not the source, which can change at any time.
-        facts = inspect_disk_blocking(built.disk, shown_as=shown_as)
+        facts = inspect_disk_blocking(built.disk, shown_as=shown_as or Path(name))
         disk = built.disk.rename(staging.path / f"disk.{facts.format}")
         for file in filter(None, (disk, built.kernel, built.initramfs)):
             file.chmod(0o444)
