@@ -190,6 +190,8 @@ ROUTES = {
     ("post", "/lume/vms/clone", "CloneBody"),
     ("post", "/lume/vms/push", "PushBody"),
     ("get", "/lume/images", None),
+    ("get", "/lume/ipsw", None),
+    ("post", "/lume/vms/{name}/setup", None),
     ("delete", "/lume/images/{reference}", None),
     ("post", "/lume/images/build", "BuildBody"),
     ("post", "/lume/prune", "PruneBody"),

@@ -281,6 +281,14 @@ async def test_macos_guests_are_refused_with_their_reason(client: Client) -> Non
     assert (await client.get(VMS)).json() == []
 
 
+async def test_what_only_apples_hosts_can_do_is_501_with_its_reason(client: Client) -> None:
+    await create(client, "web")
+    for reply in (await client.get("/lume/ipsw"), await client.post(f"{VMS}/web/setup", json={})):
+        assert (reply.status_code, reply.json()["code"]) == (501, "not_possible_here")
+        assert "Apple" in reply.json()["message"]
+    assert (await client.post(f"{VMS}/none/setup", json={})).status_code == 404
+
+
 async def test_ipsw_names_an_image_and_latest_is_the_default_one(client: Client) -> None:
     assert (await client.get("/lume/config")).json()["defaultImage"] == "debian:12"
     reply = await client.post("/lume/config", json={"defaultImage": "tiny"})

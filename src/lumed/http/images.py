@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Response
 
 from lumed.engine import Engine
+from lumed.errors import NotPossibleHere
 from lumed.http.bodies import BuildBody, CancelPullBody, PruneBody, PullBody, PushBody, Text
 from lumed.http.replies import (
     ImageObject,
@@ -104,6 +105,13 @@ def image_routes(engine: Engine) -> APIRouter:
     ) -> Response:
         image = await engine.delete_image(reference)
         return json_response({"message": "Image deleted successfully", **image_object(image)})
+
+    @router.get("/ipsw", response_model=MessageReply, summary="Not on this host: 501")
+    async def ipsw() -> Response:
+        raise NotPossibleHere(
+            "An IPSW installs macOS, which needs Apple hardware and Apple's framework",
+            hint="for Linux guests, GET /lume/images and the names of the catalog",
+        )
 
     @router.post("/prune", response_model=PruneReply, summary="Remove the images nobody needs")
     async def prune(body: PruneBody | None = None, dryRun: bool = False) -> Response:  # noqa: N803

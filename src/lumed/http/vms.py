@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from lumed.engine import Engine
-from lumed.errors import InvalidField, NotFound
+from lumed.errors import InvalidField, NotFound, NotPossibleHere
 from lumed.http.bodies import CloneBody, CreateBody, RunBody, StopBody, Text, UpdateBody
 from lumed.http.replies import CloneReply, MessageReply, VmObject, VmReply
 from lumed.http.shapes import VmListEncoder, json_response, vm_object
@@ -87,6 +87,14 @@ def vm_routes(engine: Engine) -> APIRouter:
     async def screenshot(name: Name, storage: Storage = None) -> Response:
         picture = await engine.take_screenshot(_name(name), storage or None)
         return Response(picture, media_type="image/png")
+
+    @router.post("/{name}/setup", response_model=MessageReply, summary="Not on this host: 501")
+    async def setup(name: Name) -> Response:
+        await engine.get_vm(_name(name))
+        raise NotPossibleHere(
+            "The setup assistant is macOS's, which needs Apple hardware and Apple's framework",
+            hint="Linux guests are set up by cloud-init: see userData and sshKeys of a create",
+        )
 
     @router.delete("/{name}", response_model=MessageReply, summary="Delete a virtual machine")
     async def delete_vm(name: Name, storage: Storage = None) -> Response:

@@ -96,11 +96,11 @@ def find_reference(
 
 
 def make_credentials(username: str | None, password: str | None) -> Credentials | None:
-    """A login of a request. Raises InvalidField if one half is missing."""
-    if username is None and password is None:
+    """A login of a request, None without. Raises InvalidField if one half is missing."""
+    if not username and not password:
         return None
-    if username is None or password is None:
-        missing = "username" if username is None else "password"
+    if not username or not password:
+        missing = "password" if username else "username"
         reason = "username and password go together"
         raise InvalidField(f"{missing}: {reason}", fields={missing: reason})
     return Credentials(username, password)
