@@ -30,8 +30,13 @@ def server(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Itera
 
 def ssh(server: Server, address: str, command: str, timeout_s: float = 90.0) -> str:
     """What a command prints in the guest, for the seed's user with the home's key."""
-    options = ("BatchMode=yes", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null")
-    argv = ["ssh", "-q", "-F", "/dev/null", "-i", str(server.home / "ssh" / "id_ed25519")]
+    options = (
+        "BatchMode=yes",
+        "LogLevel=ERROR",
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+    )
+    argv = ["ssh", "-F", "/dev/null", "-i", str(server.home / "ssh" / "id_ed25519")]
     for option in (*options, f"ConnectTimeout={timeout_s:g}"):
         argv += ["-o", option]
     ended = subprocess.run(
