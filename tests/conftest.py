@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+_CACHE = "LUMED_TEST_CACHE"
+_ORDER = ("system", "registry", "server", "qemu")
+_SPREAD = ("test_restart.py", "test_life.py", "test_faults.py")
 _REAPER = Path(__file__).parent / "reaper.py"
 
 
@@ -30,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Inherited by every process that a test starts, at whatever distance.
     name, _, value = mark.partition("=")
     os.environ[name] = value
+    os.environ[_CACHE] = tempfile.mkdtemp(prefix="cache-", dir=config.option.basetemp)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -40,10 +44,29 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         reaper.wait(30)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, and each file's tests on one worker, where they share what is costly.
+
+    Whole servers share nothing but the images, so their tests go wherever a worker is free.
+    """
+    items.sort(key=_folder_rank)  # stable
+    for item in items:
+        if not str(item.path).endswith(_SPREAD):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+def _folder_rank(item: pytest.Item) -> int:
+    folder = item.path.parent.name
+    return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+
+
 @pytest.fixture(scope="session")
-def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images of the session: tiny is made once, by the first test that needs it."""
-    return tmp_path_factory.mktemp("cache")
+def image_cache() -> Path:
+    """The images of the session: tiny is made once, by the first test that needs it.
+
+    One folder for all of pytest-xdist's workers, as servers may share one.
+    """
+    return Path(os.environ[_CACHE])
 
 
 _REAPER_KEY = pytest.StashKey[subprocess.Popen[bytes]]()

@@ -33,7 +33,7 @@ def list_marked(mark: str) -> list[int]:
 
 def main(mark: str, folder: str) -> None:
     """Wait, then sweep; says on stderr what it had to end."""
-    session_pid = os.getppid()
+    session = mark.partition("=")[2][:6]
     while sys.stdin.buffer.read(4096):
         pass
     give_up_at = time.monotonic() + 10
@@ -54,9 +54,9 @@ def main(mark: str, folder: str) -> None:
     for line in subprocess.run(
         ["ip", "netns", "list"], check=False, capture_output=True, text=True
     ).stdout.splitlines():
-        if line.startswith(f"lmo{session_pid}x"):
+        if line.startswith(f"lmo{session}x"):
             subprocess.run(["ip", "netns", "delete", line.split()[0]], check=False)
-    for link in Path("/sys/class/net").glob("lmb*"):
+    for link in Path("/sys/class/net").glob(f"lmh{session}x*"):
         subprocess.run(["ip", "link", "delete", link.name], check=False)
     for line in Path("/etc/passwd").read_text().splitlines():
         fields = line.split(":")

@@ -32,19 +32,24 @@ def run_ip(*argv: str) -> None:
 class Outside:
     """Another machine: a network namespace behind a veth pair, with a web server on port 80.
 
-    host_address is this host's end, on `interface`.
+    host_address is this host's end, on `interface`; the other end is `far`, in `namespace`.
     """
 
+    namespace: str
+    far: str
     interface: str
     host_address: str
     address: str
 
 
 @contextlib.contextmanager
-def outside(number: int, *, bridge: str | None = None) -> Iterator[Outside]:
-    """Make an outside; with `bridge`, this host's end is a port of a new bridge of that name."""
-    name = f"lmo{os.getpid()}x{number}"
-    near, far = f"lmn{number}", f"lmf{number}"
+def outside(number: int, *, bridged: bool = False) -> Iterator[Outside]:
+    """Make an outside; with `bridged`, this host's end is a port of a new bridge.
+
+    All names hold the session's mark: another session's reaper must not remove them.
+    """
+    mark = os.environ["LUMED_TEST_SESSION"][:6]
+    name, near, far = (f"lm{kind}{mark}x{number}" for kind in "onf")
     host_address, address = f"10.213.{number}.1", f"10.213.{number}.2"
     with contextlib.ExitStack() as undo:
         run_ip("netns", "add", name)
@@ -53,7 +58,8 @@ def outside(number: int, *, bridge: str | None = None) -> Iterator[Outside]:
         # Deleting a namespace takes its veth along, but only some time after the command.
         undo.callback(run_ip, "link", "del", near)
         interface = near
-        if bridge is not None:
+        if bridged:
+            bridge = f"lmh{mark}x{number}"
             run_ip("link", "add", "name", bridge, "type", "bridge")
             undo.callback(run_ip, "link", "del", bridge)
             run_ip("link", "set", near, "master", bridge)
@@ -71,7 +77,7 @@ def outside(number: int, *, bridge: str | None = None) -> Iterator[Outside]:
         assert server.stdout is not None
         undo.callback(server.stdout.close)
         assert server.stdout.readline() == b"ready\n"
-        yield Outside(interface, host_address, address)
+        yield Outside(name, far, interface, host_address, address)
 
 
 @dataclass

@@ -316,9 +316,9 @@ def list_interfaces() -> set[str]:
 
 
 async def test_a_bridged_guest_is_a_neighbour_and_its_tap_goes_with_it(kernel: Kernel) -> None:
-    with outside(2, bridge="lmbr2") as peer:
+    with outside(2, bridged=True) as peer:
         before = list_interfaces()
-        async with start_bridge("lmbr2", MAC, UUID) as net:
+        async with start_bridge(peer.interface, MAC, UUID) as net:
             running = boot(kernel, net, MAC)
             guest = await asyncio.to_thread(running.__enter__)
         try:

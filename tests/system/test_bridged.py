@@ -19,17 +19,16 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="bridges need root")
 @pytest.fixture
 def office(tmp_path: Path) -> Iterator[Outside]:
     """A bridge of this host with a DHCP server behind it."""
-    number, bridge = 61, "lmb61"
+    number = 61
     settings = tmp_path / "udhcpd.conf"
-    settings.write_text(
-        f"interface lmf{number}\nstart 10.213.{number}.50\nend 10.213.{number}.60\n"
-        f"lease_file {tmp_path}/leases\npidfile {tmp_path}/pid\noption subnet 255.255.255.0\n"
-    )
     (tmp_path / "leases").touch()
-    with outside(number, bridge=bridge) as place:
-        namespace = f"lmo{os.getpid()}x{number}"
+    with outside(number, bridged=True) as place:
+        settings.write_text(
+            f"interface {place.far}\nstart 10.213.{number}.50\nend 10.213.{number}.60\n"
+            f"lease_file {tmp_path}/leases\npidfile {tmp_path}/pid\noption subnet 255.255.255.0\n"
+        )
         server = subprocess.Popen(
-            ["ip", "netns", "exec", namespace, "busybox", "udhcpd", "-f", str(settings)]
+            ["ip", "netns", "exec", place.namespace, "busybox", "udhcpd", "-f", str(settings)]
         )
         try:
             yield place
