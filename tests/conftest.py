@@ -9,12 +9,18 @@ import tempfile
 import uuid
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _CACHE = "LUMED_TEST_CACHE"
 _ORDER = ("system", "registry", "server", "qemu")
-_SPREAD = ("test_restart.py", "test_life.py", "test_faults.py")
+_SPREAD = ("test_restart.py", "test_life.py", "test_faults.py", "test_clone.py")
 _REAPER = Path(__file__).parent / "reaper.py"
+
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("lumed", deadline=None)
+hypothesis.settings.load_profile("lumed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,13 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Whole servers share nothing but the images, so their tests go wherever a worker is free.
     """
-    items.sort(key=_folder_rank)  # stable
+    items.sort(key=_rank)  # stable
     for item in items:
         if not str(item.path).endswith(_SPREAD):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-def _folder_rank(item: pytest.Item) -> int:
+def _rank(item: pytest.Item) -> int:
+    if item.path.name == "test_debian_guest.py":
+        return -1  # by far the longest single test
     folder = item.path.parent.name
     return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
 
