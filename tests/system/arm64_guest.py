@@ -58,7 +58,7 @@ options console=ttyAMA0 quiet
 
 
 def build_arm64_disk(folder: Path) -> Path:
-    """A raw disk that boots by UEFI: MENU waits for a key, then READY is on the serial console."""
+    """A raw disk that boots by UEFI: MENU waits for Enter or 20 s, then comes READY."""
     root = folder / "root"
     unpack_packages(_fetch(folder), root)
     initramfs = folder / "initramfs"
@@ -76,7 +76,7 @@ def build_arm64_disk(folder: Path) -> Path:
     run("mcopy", next(root.glob("boot/vmlinuz-*")), "::/vmlinuz")
     run("mcopy", initramfs, "::/initramfs")
     run("mcopy", loader, "::/EFI/BOOT/BOOTAA64.EFI")
-    run("mcopy", "-", "::/loader/loader.conf", stdin=b"timeout menu-force\n")
+    run("mcopy", "-", "::/loader/loader.conf", stdin=b"timeout 20\n")
     run("mcopy", "-", "::/loader/entries/guest.conf", stdin=_ENTRY.format(menu=MENU).encode())
     return disk
 
