@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from dataclasses import asdict
@@ -27,7 +28,7 @@ def main() -> int:
         Path(directory).chmod(0o711)
         lumed = Lumed(Path(directory))
         for name in chosen.only or FIGURES:
-            print(f"==> measuring {name}", flush=True)
+            print(f"==> measuring {name}, load {os.getloadavg()[0]:.1f}", flush=True)
             rows += FIGURES[name](lumed, chosen.runs)
     print(_table(rows))
     if chosen.json is not None:
@@ -56,7 +57,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{number(row.measured['lumed'])} {row.unit}".rstrip(),
         ", ".join(others),
         f"{row.judged_as}: {number(row.judged)}",
-        f"<= {row.limit:g} {row.unit}".rstrip(),
+        f"<= {row.limit:g} {row.unit if row.limit_unit is None else row.limit_unit}".rstrip(),
         "yes" if row.met else "NO",
     )
 

@@ -8,14 +8,21 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from bench.images import (
+    measure_clone,
+    measure_container_pull,
+    measure_gzip_pull,
+    measure_push,
+    measure_second,
+    measure_zstd_pull,
+)
 from bench.libvirt import Libvirt, has_libvirt
+from bench.qemuimg import make_overlay, read_base
 from bench.rawqemu import RawQemu, read_argv
 from bench.sampling import (
     Row,
@@ -96,17 +103,11 @@ def _start_libvirt(
 ) -> Libvirt | None:
     if not has_libvirt():
         return None
-    base = _read_base(vm_dir / "disk.qcow2")
+    base = read_base(vm_dir / "disk.qcow2")
     libvirt = Libvirt(lumed.root / "libvirt", base, accelerator)
     stack.callback(libvirt.close)
     libvirt.run_once()
     return libvirt
-
-
-def _read_base(disk: Path) -> Path:
-    command = ["qemu-img", "info", "--output=json", str(disk)]
-    facts = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return Path(facts["full-backing-filename"])
 
 
 def measure_create(lumed: Lumed, runs: int) -> Iterator[Row]:
@@ -114,22 +115,12 @@ def measure_create(lumed: Lumed, runs: int) -> Iterator[Row]:
     samples: Samples = {"lumed": [], "qemu-img": []}
     with lumed.serve() as server:
         create(server.client, "first")
-        base = _read_base(lumed.vm_dir("first") / "disk.qcow2")
+        base = read_base(lumed.vm_dir("first") / "disk.qcow2")
         for number in range(2 * runs):
-            samples["qemu-img"].append(_make_overlay(base, lumed.root / f"overlay-{number}.qcow2"))
+            samples["qemu-img"].append(make_overlay(base, lumed.root / f"overlay-{number}.qcow2"))
             samples["lumed"].append(create(server.client, f"made-{number}"))
             server.client.send("DELETE", f"/lume/vms/made-{number}")
     yield median_row("create from a cached image", samples, 100)
-
-
-def _make_overlay(base: Path, disk: Path) -> float:
-    started = time.perf_counter()
-    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(base)]
-    subprocess.run([*command, str(disk), "1G"], check=True)
-    fd = os.open(disk, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-    return ms_since(started)
 
 
 def measure_list(lumed: Lumed, runs: int) -> Iterator[Row]:
@@ -239,4 +230,10 @@ FIGURES: dict[str, Callable[[Lumed, int], Iterator[Row]]] = {
     "server": measure_server,
     "memory": measure_memory,
     "idle": measure_idle,
+    "pull-zstd": measure_zstd_pull,
+    "pull-gzip": measure_gzip_pull,
+    "pull-container": measure_container_pull,
+    "push": measure_push,
+    "second": measure_second,
+    "clone": measure_clone,
 }

@@ -16,7 +16,10 @@ Samples = dict[str, list[float]]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure. measured are the numbers shown, by who was measured; judged is what counts."""
+    """One figure. measured are the numbers shown, by who was measured; judged is what counts.
+
+    limit_unit is the limit's, if it has another one than the numbers.
+    """
 
     figure: str
     unit: str
@@ -25,6 +28,7 @@ class Row:
     limit: float
     judged_as: str = "lumed"
     samples: Samples = field(default_factory=dict)
+    limit_unit: str | None = None
 
     @property
     def met(self) -> bool:
@@ -40,6 +44,19 @@ def median_row(
     judged = medians["lumed"] - (medians[less] if less else 0)
     words = f"lumed - {less}" if less else "lumed"
     return Row(figure, unit, medians, judged, limit, words, samples)
+
+
+def ratio_row(
+    figure: str, samples: Samples, of: str, limit: float, *, also: str | None = None
+) -> Row:
+    """A row of medians in seconds; what counts is lumed's as a part of that of `of`.
+
+    also is shown beside the two.
+    """
+    kept = {who: samples[who] for who in ("lumed", of, also) if who is not None}
+    medians = {who: statistics.median(values) / 1000 for who, values in kept.items()}
+    ratio = medians["lumed"] / medians[of]
+    return Row(figure, "s", medians, ratio, limit, "lumed / the first", kept, limit_unit="")
 
 
 def percentile_row(figure: str, samples: Samples, percent: float, limit: float) -> Row:

@@ -92,6 +92,13 @@ class Process:
                 return int(line.split()[1]) / 1024
         raise RuntimeError(f"no {kind} in smaps_rollup")
 
+    def read_peak_mib(self) -> float:
+        """The most that the process ever had in memory (proc(5), VmHWM)."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+        raise RuntimeError("no VmHWM in status")
+
     def count_switches(self) -> int:
         """How often its threads have gone to sleep by themselves, and so were woken up again."""
         total = 0
@@ -153,19 +160,23 @@ class Lumed:
         return home
 
 
-def create(client: Client, name: str, *, image: str | None = "tiny") -> float:
+def create(
+    client: Client, name: str, *, image: str | None = "tiny", disk_size: str = "1GB"
+) -> float:
     """Create a VM (1 CPU, 256 MB); the milliseconds until it shows as stopped."""
-    body = {"name": name, "os": "linux", "cpu": 1, "memory": "256MB", "diskSize": "1GB"}
+    body = {"name": name, "os": "linux", "cpu": 1, "memory": "256MB", "diskSize": disk_size}
     started = time.perf_counter()
     client.send("POST", "/lume/vms", body | ({"image": image} if image else {}))
     wait_until(lambda: client.get(f"/lume/vms/{name}")["state"] == "stopped", f"{name} made")
     return ms_since(started)
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout_s: float = 180, every_s: float = 0.001
+) -> None:
     """Ask again every millisecond or so. Raises TimeoutError."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(0.001)
+        time.sleep(every_s)
