@@ -28,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput") or config.option.collectonly:
         return
     if config.option.basetemp is None:
-        config.option.basetemp = tempfile.mkdtemp(prefix="lumed-test-")
+        # Short: sockets below it must stay in their homes (unix(7): 108 bytes).
+        config.option.basetemp = tempfile.mkdtemp(prefix="lt")
     mark = f"LUMED_TEST_SESSION={uuid.uuid4()}"
     reaper = subprocess.Popen(
         [sys.executable, "-I", str(_REAPER), mark, str(config.option.basetemp)],

@@ -24,7 +24,7 @@ def office(tmp_path: Path) -> Iterator[Outside]:
     (tmp_path / "leases").touch()
     with outside(number, bridged=True) as place:
         settings.write_text(
-            f"interface {place.far}\nstart 10.213.{number}.50\nend 10.213.{number}.60\n"
+            f"interface {place.far}\nstart 10.213.{number}.50\nend 10.213.{number}.59\n"
             f"lease_file {tmp_path}/leases\npidfile {tmp_path}/pid\noption subnet 255.255.255.0\n"
         )
         server = subprocess.Popen(
