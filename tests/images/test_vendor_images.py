@@ -203,7 +203,7 @@ async def test_a_cancelled_download_is_gone_on_with_by_the_next(
     task = asyncio.create_task(fetch(cache, mirror))
     assert await asyncio.to_thread(mirror.halted.wait, 10)
     # What was sent may still be on its way into the file.
-    await asyncio.to_thread(wait_for_bytes, cache, 2_000_000)
+    await asyncio.to_thread(wait_for_bytes, cache, 1_000_000)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -211,7 +211,11 @@ async def test_a_cancelled_download_is_gone_on_with_by_the_next(
     # As after a kill: another server, that knows nothing but the folder.
     again = ImageCache(cache.blobs.parent / "images", {})
     assert await fetch(again, mirror) == disk
-    assert ranges(mirror) == [None, "bytes=2000000-"]
+    first, second = ranges(mirror)
+    assert first is None
+    # All of it but a chunk that was not whole.
+    assert second is not None
+    assert 1_000_000 <= int(second.removeprefix("bytes=").removesuffix("-")) <= 2_000_000
 
 
 @pytest.mark.parametrize("damage", ["in the middle", "too long", "whole and right"])

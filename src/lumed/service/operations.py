@@ -90,8 +90,11 @@ class Operations:
         await self._keep(self.change(operation_id, dismissed=True))
 
     def find_running(self, target: str) -> str | None:
-        """The id of the operation that runs on that VM."""
-        running = (self._known[key] for key in self._tasks)
+        """The id of the operation that runs on that VM, the newest of them.
+
+        A VM is there a moment before the operation that made it is over.
+        """
+        running = (self._known[key] for key in reversed(self._tasks))
         return next((op.id for op in running if op.target == target), None)
 
     def get_failure(self, operation_id: str) -> LumedError:
