@@ -37,7 +37,7 @@ def server(tmp_path: Path, image_cache: Path) -> Iterator[Server]:
     (tmp_path / "Projects").mkdir()
     home = tmp_path / ".lume"
     home.mkdir()
-    (home / "config.yaml").write_text(f"cacheDirectory: {image_cache}\n")
+    (home / "config.yaml").write_text(f"cacheDirectory: {image_cache}\ndefaultImage: tiny\n")
     port = PORT if is_free(PORT) else 0
     server = Server(home, port=port, env={"HOME": str(tmp_path)})
     try:

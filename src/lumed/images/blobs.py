@@ -295,7 +295,7 @@ def drop_blob(directory: Path, blob: Descriptor) -> bool:
 def drop_idle_blobs(directory: Path, *, dry_run: bool = False) -> int:
     """Remove what no pull uses; the bytes that this frees, or would."""
     freed_bytes = 0
-    for path in (directory / "sha256").glob("*"):
+    for path in directory.glob("sha*/*"):
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
