@@ -19,8 +19,13 @@ from pathlib import Path
 _FLOCK = "hhqqi4x"
 
 
-def _request(kind: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
+# QEMU's own locks on images (block/file-posix.c): whoever may write holds byte 100 + 1, and
+# whoever lets nobody else write holds byte 200 + 1.
+_QEMU_WRITES_AT, _QEMU_REFUSES_WRITES_AT = 101, 201
+
+
+def _request(kind: int, start: int = 0, length: int = 0) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, start, length, 0)
 
 
 @dataclass(slots=True)
@@ -40,14 +45,42 @@ def take_lock(path: Path) -> RunLock | None:
     """Take the lock on `path` (made if missing, mode 0600); None if somebody holds it."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _request(fcntl.F_WRLCK))
-    except (BlockingIOError, PermissionError):
-        os.close(fd)
-        return None
+        is_ours = _try_lock(fd, _request(fcntl.F_WRLCK))
     except BaseException:
         os.close(fd)
         raise
+    if not is_ours:
+        os.close(fd)
+        return None
     return RunLock(fd)
+
+
+def try_lock_byte(fd: int, kind: int, at: int) -> bool:
+    """Take (fcntl.F_RDLCK, F_WRLCK) or drop (F_UNLCK) a lock on one byte; False if it is held."""
+    return _try_lock(fd, _request(kind, at, 1))
+
+
+def _try_lock(fd: int, request: bytes) -> bool:
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is_held(fd: int, request: bytes) -> bool:
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def is_written_by_qemu(fd: int) -> bool:
+    """Whether a QEMU, of whatever server, has the disk image open for writing."""
+    return _is_held(fd, _request(fcntl.F_WRLCK, _QEMU_WRITES_AT, 1))
+
+
+def refuse_qemu_writes(fd: int) -> bool:
+    """Keep QEMU from opening the disk image for writing, as long as fd is open."""
+    return try_lock_byte(fd, fcntl.F_RDLCK, _QEMU_REFUSES_WRITES_AT)
 
 
 def is_locked(path: Path) -> bool:
@@ -57,8 +90,7 @@ def is_locked(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _request(fcntl.F_WRLCK))
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+        return _is_held(fd, _request(fcntl.F_WRLCK))
     finally:
         os.close(fd)
 

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import io
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from lumed.claim import try_lock_byte
 from lumed.errors import RegistryFailed
 from lumed.files import full_disk_is_no_space
 from lumed.images.oci import ConnectionLost, Descriptor
@@ -31,8 +31,6 @@ _LOOK_EVERY_S = 0.2
 _TRIES = 5
 _FIRST_PAUSE_S = 0.1
 _APPENDING, _USING = 0, 1
-# struct flock on 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (padded).
-_FLOCK = "hhqqi4x"
 
 
 class BlobStream(Protocol):
@@ -239,11 +237,11 @@ class BlobFile:
 
     def _lock(self, kind: int, byte: int) -> None:
         """Take a lock as soon as others have left it; their own waits have deadlines."""
-        while not _try_lock(self._fd, kind, byte):
+        while not try_lock_byte(self._fd, kind, byte):
             self._pause(_LOOK_EVERY_S)
 
     def _unlock(self, byte: int) -> None:
-        _try_lock(self._fd, fcntl.F_UNLCK, byte)
+        try_lock_byte(self._fd, fcntl.F_UNLCK, byte)
 
 
 class _Tail(io.RawIOBase):
@@ -276,45 +274,29 @@ def count_found(directory: Path, blob: Descriptor) -> int:
         return 0
 
 
-def drop_blob(directory: Path, blob: Descriptor) -> bool:
-    """Remove the blob's file unless somebody uses it; whether it is gone."""
-    path = get_blob_path(directory, blob)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
-    try:
-        if not _try_lock(fd, fcntl.F_WRLCK, _USING):
-            return False
-        path.unlink(missing_ok=True)
-        return True
-    finally:
-        os.close(fd)
+def drop_blob(directory: Path, blob: Descriptor) -> None:
+    """Remove the blob's file unless somebody uses it."""
+    _drop_idle(get_blob_path(directory, blob), dry_run=False)
 
 
 def drop_idle_blobs(directory: Path, *, dry_run: bool = False) -> int:
-    """Remove what no pull uses; the bytes that this frees, or would."""
-    freed_bytes = 0
-    for path in directory.glob("sha*/*"):
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if _try_lock(fd, fcntl.F_WRLCK, _USING):
-                    freed_bytes += os.fstat(fd).st_blocks * 512
-                    if not dry_run:
-                        path.unlink(missing_ok=True)
-            finally:
-                os.close(fd)
-    return freed_bytes
+    """Remove what nobody uses, of whatever kind of sum; the bytes that this frees, or would."""
+    return sum(_drop_idle(path, dry_run=dry_run) for path in directory.glob("sha*/*"))
 
 
-def _try_lock(fd: int, kind: int, byte: int) -> bool:
-    request = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)
+def _drop_idle(path: Path, *, dry_run: bool) -> int:
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        if not try_lock_byte(fd, fcntl.F_WRLCK, _USING):
+            return 0
+        if not dry_run:
+            path.unlink(missing_ok=True)
+        return os.fstat(fd).st_blocks * 512
+    finally:
+        os.close(fd)
 
 
 def _write_all(fd: int, data: memoryview, at: int) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from lumed.claim import is_written_by_qemu
 from lumed.errors import WrongState
 from lumed.files import check_free_space
 from lumed.images.qcow2 import UnfitImage
@@ -23,9 +23,6 @@ _FICLONE = 0x40049409  # ioctl_ficlone(2); not in Python's fcntl before 3.12
 _STEP_BYTES = 16 << 20
 _SYNC_EVERY_BYTES = 256 << 20
 _NOT_CLONED = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
-# QEMU's image locks (block/file-posix.c): who may write holds byte 100 + 1.
-_WRITE_PERMISSION_AT = 101
-_FLOCK = "hhqqi4x"
 
 
 def copy_image(
@@ -37,7 +34,7 @@ def copy_image(
     NoSpace before the copy if it cannot fit, WrongState if a machine writes to the source,
     UnfitImage if it changed meanwhile, OSError for the rest. A partial target is left behind.
     """
-    if _is_open_for_writing(source):
+    if is_written_by_qemu(source):
         raise WrongState(
             "The image is the disk of a running machine and would be copied half written",
             hint="stop that machine first",
@@ -56,12 +53,6 @@ def copy_image(
     after = os.fstat(source)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise UnfitImage("it changed while it was copied", "try again once nothing writes to it")
-
-
-def _is_open_for_writing(fd: int) -> bool:
-    request = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _WRITE_PERMISSION_AT, 1, 0)
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
 
 
 def reflink(source: int, target: int) -> bool:

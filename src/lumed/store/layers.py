@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import struct
@@ -23,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from lumed.claim import is_written_by_qemu, refuse_qemu_writes
 from lumed.errors import Damaged, WrongState
 from lumed.files import full_disk_is_no_space, sync_dir, sync_file
 from lumed.model.vm import DiskFormat
@@ -33,10 +33,6 @@ from lumed.store.disk import create_on_layer, qemu_img, read_usage
 MOST_LAYERS = 16
 _CHAIN_LIMIT = 256
 
-# QEMU's image locks (block/file-posix.c): whoever may write holds byte 100 + 1, whoever does
-# not let others write holds byte 200 + 1.
-_WRITES_AT, _WRITES_REFUSED_AT = 101, 201
-_FLOCK = "hhqqi4x"
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 # qcow2.txt, "Header": magic, version, offset and length of the backing file's name.
@@ -115,19 +111,13 @@ def hold_still(disk: Path) -> Iterator[int]:
         raise Damaged(f"The disk {disk} cannot be read: {error.strerror}") from error
     try:
         # Refused first, then looked: a QEMU that starts in between sees our lock and gives up.
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _byte_lock(fcntl.F_RDLCK, _WRITES_REFUSED_AT))
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _byte_lock(fcntl.F_WRLCK, _WRITES_AT))
-        if struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK:
+        if not refuse_qemu_writes(fd) or is_written_by_qemu(fd):
             raise WrongState(
                 f"The disk {disk} is in use by a running machine", hint="stop the VM first"
             )
         yield fd
     finally:
         os.close(fd)
-
-
-def _byte_lock(kind: int, at: int) -> bytes:
-    return struct.pack(_FLOCK, kind, os.SEEK_SET, at, 1, 0)
 
 
 def link_file(source: Path, target: Path) -> bool:
