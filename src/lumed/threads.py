@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import TypeVar
+from functools import partial
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -17,6 +19,16 @@ class _GivenUp(Exception):
 
 class Stopped(Exception):
     """Work in a thread was told to stop, and has."""
+
+
+def in_loop(function: Callable[P, object]) -> Callable[P, None]:
+    """What a thread may call to have `function` called in the event loop that runs now."""
+    loop = asyncio.get_running_loop()
+
+    def call(*arguments: P.args, **options: P.kwargs) -> None:
+        loop.call_soon_threadsafe(partial(function, *arguments, **options))
+
+    return call
 
 
 async def run_to_end(

@@ -11,7 +11,6 @@ the guest by a hook of its kernel packages; ext4, which cloud-init grows at the 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import hashlib
@@ -49,7 +48,7 @@ from lumed.images.gpt import (
 )
 from lumed.images.local import BuiltImage, Builtin
 from lumed.osproc import get_program, run_tool_blocking
-from lumed.threads import run_to_end
+from lumed.threads import in_loop, run_to_end
 
 # Name of the image to name of the release.
 RELEASES = {"debian:12": "bookworm", "debian:13": "trixie"}
@@ -139,12 +138,7 @@ def debian_guest(recipe: Recipe) -> Builtin:
     """
 
     async def build(directory: Path, say: Callable[[str], None]) -> BuiltImage:
-        loop = asyncio.get_running_loop()
-
-        def report(step: str) -> None:
-            loop.call_soon_threadsafe(say, step)
-
-        return await build_debian(recipe, directory, report)
+        return await build_debian(recipe, directory, in_loop(say))
 
     identity = repr((_builder_version(), recipe)).encode()
     return Builtin(hashlib.sha256(identity).hexdigest()[:12], build)

@@ -23,6 +23,7 @@ from lumed.images.local import BuiltImage, ImageCache, Report
 from lumed.images.record import CachedImage
 from lumed.model.image import ImageAbout
 from lumed.model.vm import Architecture
+from lumed.threads import in_loop
 
 _BUILT_IN = Path(__file__).with_name("catalog.yaml")
 _MACHINES = {Architecture.AMD64: "x86_64", Architecture.ARM64: "aarch64"}
@@ -101,18 +102,12 @@ async def get_vendor_image(cache: ImageCache, image: VendorImage, report: Report
     if found is not None:
         return found
     stop = threading.Event()
-    loop = asyncio.get_running_loop()
-
-    def report_bytes(done: int, total: int) -> None:
-        loop.call_soon_threadsafe(report, "downloading", done, total)
-
+    tell = in_loop(partial(report, "downloading"))
     wanted = await cache.run_long(partial(read_vendor_sum, image, stop), stop)
 
     async def fill(directory: Path) -> BuiltImage:
         disk = directory / "disk"
-        fetch = partial(
-            download, image.url, wanted, cache.blobs, disk, stop=stop, report=report_bytes
-        )
+        fetch = partial(download, image.url, wanted, cache.blobs, disk, stop=stop, report=tell)
         await cache.run_long(fetch, stop)
         return BuiltImage(disk, about=ImageAbout(architecture=image.architecture))
 

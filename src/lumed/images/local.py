@@ -44,7 +44,7 @@ from lumed.images.record import RECORD, CachedImage, encode_record, read_image
 from lumed.images.staging import LOCK, Staging, sweep_staging
 from lumed.model.image import ImageAbout
 from lumed.model.vm import Architecture, Firmware
-from lumed.threads import run_to_end
+from lumed.threads import in_loop, run_to_end
 
 _STAGING = ".staging"
 _NAMES = ".names"
@@ -132,12 +132,8 @@ class ImageCache:
             if found is not None:
                 return found
             stop = threading.Event()
-            loop = asyncio.get_running_loop()
-
-            def report_copy(done: int, total: int) -> None:
-                loop.call_soon_threadsafe(report, "copying", done, total)
-
-            make = partial(self._import, path, source, image_id, stop, report_copy)
+            tell = in_loop(partial(report, "copying"))
+            make = partial(self._import, path, source, image_id, stop, tell)
             return await self.run_long(make, stop)
 
     async def run_long(self, work: Callable[[], T], stop: threading.Event) -> T:

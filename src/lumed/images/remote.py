@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry
 from lumed.model.image import ImageAbout
 from lumed.model.vm import Architecture
+from lumed.threads import in_loop
 
 # This host's own processor first; a foreign guest runs in software emulation.
 _ARCHITECTURES = (Architecture.AMD64, Architecture.ARM64)
@@ -50,11 +51,7 @@ async def fetch_image(
         manifest, plan = await cache.run_long(look, stop)
         about = _about(manifest, plan)
         await accept(about)
-        loop = asyncio.get_running_loop()
-
-        def tell(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(report, "pulling", done, total)
-
+        tell = in_loop(partial(report, "pulling"))
         source = _Blobs(registry, reference.repository)
 
         async def fill(directory: Path) -> BuiltImage:
@@ -119,7 +116,5 @@ class _Blobs:
     def get_blob(self, blob: Descriptor) -> bytes:
         return self.registry.get_blob(self.repository, blob)
 
-    @contextmanager
-    def open_blob(self, blob: Descriptor, offset: int) -> Iterator[BlobStream]:
-        with self.registry.open_blob(self.repository, blob, offset) as stream:
-            yield stream
+    def open_blob(self, blob: Descriptor, offset: int) -> AbstractContextManager[BlobStream]:
+        return self.registry.open_blob(self.repository, blob, offset)

@@ -7,7 +7,6 @@ user space, booted with RESCUE_ARGUMENTS, is the rescue system of any VM.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import re
@@ -23,7 +22,7 @@ from lumed.images.initramfs import Archive, read_modules
 from lumed.images.local import BuiltImage, Builtin
 from lumed.model.vm import DiskFormat
 from lumed.osproc import run_tool_blocking
-from lumed.threads import run_to_end
+from lumed.threads import in_loop, run_to_end
 
 # Serial last: it is then the guest's /dev/console. earlyprintk brings the first byte of a
 # `-kernel` boot from 3.3 s to 0.6 s. no_timer_check: on a busy host an emulated timer may miss
@@ -72,12 +71,7 @@ def builtin_tiny() -> Builtin:
     """
 
     async def build(directory: Path, say: Callable[[str], None]) -> BuiltImage:
-        loop = asyncio.get_running_loop()
-
-        def report(step: str) -> None:
-            loop.call_soon_threadsafe(say, step)
-
-        image = await run_to_end(partial(build_tiny, directory, report))
+        image = await run_to_end(partial(build_tiny, directory, in_loop(say)))
         return BuiltImage(image.disk, image.kernel, image.initramfs)
 
     return Builtin(_builder_version(), build)

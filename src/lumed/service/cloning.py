@@ -43,7 +43,7 @@ from lumed.store.layers import (
 )
 from lumed.store.staging import start_staging
 from lumed.store.vmdir import VmDir, write_config
-from lumed.threads import run_to_end
+from lumed.threads import in_loop, run_to_end
 from lumed.units import MIB
 
 # Copied in 5 ms; a layer would cost every later read of both VMs a little.
@@ -85,7 +85,8 @@ async def make_clone(
     )
     stop = threading.Event()
     async with start_staging(location, operation.id) as staged:
-        work = _Copying(source, staged.vm_dir, stop, partial(operation.report, "copying"))
+        report = in_loop(partial(operation.report, "copying"))
+        work = _Copying(source, staged.vm_dir, stop, report)
         await run_to_end(work.make_disk, on_cancel=stop.set, executor=_threads)
         await run_to_end(partial(write_config, staged.vm_dir, changed))
         await run_to_end(partial(staged.publish, name))

@@ -24,6 +24,7 @@ from lumed.service.view import view_of_request
 from lumed.settings import Settings
 from lumed.store.index import VmIndex
 from lumed.store.vmdir import VmDir
+from lumed.threads import in_loop
 from lumed.units import GIB
 
 # For images that do not say; Lume's own always do.
@@ -152,10 +153,7 @@ def plan_push(
             uefi_vars=vm_dir.uefi_vars if vm_dir.uefi_vars.exists() else None,
         )
         stop = threading.Event()
-        loop = asyncio.get_running_loop()
-
-        def report(stage: str, done: int, total: int) -> None:
-            loop.call_soon_threadsafe(operation.report, stage, done, total)
+        report = in_loop(operation.report)
 
         def push() -> str:
             with Registry(
