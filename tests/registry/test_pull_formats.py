@@ -151,14 +151,6 @@ def pull(server: Server, host: str, name: str, status: int = 200) -> dict[str, A
     return dict(server.call("POST", "/pull", status, json=body))
 
 
-def read_disk(server: Server, name: str, folder: Path) -> bytes:
-    raw = folder / "read.raw"
-    disk = server.vm_dir(name) / "disk.qcow2"
-    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw)]
-    subprocess.run(command, check=True)
-    return raw.read_bytes()
-
-
 @pytest.mark.parametrize("form", ["legacy", "qemu", "tart", "container-raw", "container-qcow2"])
 def test_each_format_gives_the_disk_byte_for_byte(
     server: Server, registry: RunningRegistry, tmp_path: Path, form: str
@@ -176,7 +168,7 @@ def test_each_format_gives_the_disk_byte_for_byte(
         layer = zstandard.compress(make_tar("disk/disk.qcow2", qcow2))
         store_container(registry, f"{form}:1", layer, TAR + "+zstd")
     pull(server, registry.host, f"{form}:1")
-    found = read_disk(server, form, tmp_path)
+    found = server.read_disk(form, tmp_path)
     # QEMU's disks end at a whole sector.
     assert found == DISK
     if not form.startswith("container"):
@@ -258,7 +250,7 @@ def test_wrong_bytes_are_told_and_the_next_pull_is_right(
     assert server.call("GET", "/vms/flaky", 400)["code"] == "pull_failed"
     proxy.clear()
     pull(server, proxy.host, "flaky:1")
-    assert read_disk(server, "flaky", tmp_path) == DISK
+    assert server.read_disk("flaky", tmp_path) == DISK
     server.call("DELETE", "/vms/flaky", 200)
     server.call("POST", "/prune", 200)
 
@@ -273,7 +265,7 @@ def test_a_line_that_is_cut_again_and_again_only_delays(
     proxy.answer("/manifests/", 503, times=1, retry_after=0)
     proxy.answer(f"/blobs/{slices[0]}", 429, times=1, retry_after=0)
     pull(server, proxy.host, "flaky:1")
-    assert read_disk(server, "flaky", tmp_path) == DISK
+    assert server.read_disk("flaky", tmp_path) == DISK
     server.call("DELETE", "/vms/flaky", 200)
     server.call("POST", "/prune", 200)
 
@@ -307,7 +299,7 @@ def test_a_server_that_is_killed_at_any_byte_of_a_pull_goes_on_at_the_next(
                 break
         else:
             pull(server, proxy.host, "flaky:1")
-        assert read_disk(server, "flaky", tmp_path) == DISK
+        assert server.read_disk("flaky", tmp_path) == DISK
         # Each byte once, and at most a chunk more for each kill.
         for digest, size in sizes.items():
             assert proxy.served[digest] <= size + kills * (1 << 20)
@@ -338,7 +330,7 @@ def test_a_cache_that_runs_full_at_any_write_says_so_and_loses_nothing(
                 assert server.call("GET", "/images", 200) == []
             assert outcomes[-1] == 200
             assert len(outcomes) > 3
-            assert read_disk(server, "flaky", tmp_path) == DISK
+            assert server.read_disk("flaky", tmp_path) == DISK
             assert server.call("POST", "/prune", 200)["freed"] == 0
     finally:
         subprocess.run(["umount", "-l", str(small)], check=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,16 +54,6 @@ def body(host: str, image: str = "tiny:1", **more: object) -> dict[str, Any]:
 
 def start(server: Server, host: str, status: int = 202, **more: Any) -> dict[str, Any]:
     return dict(server.call("POST", "/images/pull", status, json=body(host, **more)))
-
-
-def wait_operation(server: Server, vm: dict[str, Any]) -> dict[str, Any]:
-    give_up_at = time.monotonic() + 60
-    while True:
-        operation = dict(server.call("GET", f"/operations/{vm['operation']}", 200))
-        if operation["status"] != "running":
-            return operation
-        assert time.monotonic() < give_up_at, operation
-        time.sleep(0.05)
 
 
 def test_a_pulled_vm_is_seen_from_acceptance_on_and_boots(
@@ -122,7 +111,7 @@ def test_a_failed_pull_is_told_until_its_name_is_deleted(
     server: Server, registry: RunningRegistry, slices: list[str]
 ) -> None:
     accepted = start(server, registry.host, image="none:1", name="web")
-    assert wait_operation(server, accepted)["status"] == "failed"
+    assert server.wait_operation(accepted["operation"])["status"] == "failed"
     failed = server.call("GET", "/vms/web", 400)
     assert failed["message"].startswith("Pull failed for 'web': Image not found")
     assert server.call("GET", "/vms", 200) == []
@@ -221,7 +210,7 @@ def test_create_takes_the_reference_of_an_image(
             "image": missing,
         },
     )
-    assert "Image not found" in wait_operation(server, accepted)["failure"]["message"]
+    assert "Image not found" in server.wait_operation(accepted["operation"])["failure"]["message"]
     assert "Image not found" in server.call("GET", "/vms/third", 404)["hint"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,24 +31,6 @@ def push(server: Server, host: str, status: int = 202, **more: Any) -> dict[str,
     return dict(server.call("POST", "/vms/push", status, json=body | more))
 
 
-def wait_over(server: Server, reply: dict[str, Any]) -> dict[str, Any]:
-    give_up_at = time.monotonic() + 60
-    while True:
-        operation = dict(server.call("GET", f"/operations/{reply['operation']}", 200))
-        if operation["status"] != "running":
-            return operation
-        assert time.monotonic() < give_up_at, operation
-        time.sleep(0.05)
-
-
-def read_raw(server: Server, name: str, folder: Path) -> bytes:
-    raw = folder / f"{name}.raw"
-    disk = server.vm_dir(name) / "disk.qcow2"
-    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw)]
-    subprocess.run(command, check=True)
-    return raw.read_bytes()
-
-
 def skopeo(*arguments: str) -> Any:
     done = subprocess.run(
         ["skopeo", *arguments, "--tls-verify=false"], check=True, capture_output=True
@@ -67,7 +48,7 @@ def test_what_was_pushed_pulls_back_byte_for_byte_and_boots(
     server.call("POST", "/vms/web/stop", 200)
     reply = push(server, registry.host, format=form)
     assert (reply["name"], reply["imageName"], reply["tags"]) == ("web", "web", _TAGS)
-    operation = wait_over(server, reply)
+    operation = server.wait_operation(reply["operation"])
     assert operation["status"] == "succeeded", operation
     assert operation["bytesDone"] == operation["bytesTotal"] > 0
     for tag in _TAGS:
@@ -82,7 +63,7 @@ def test_what_was_pushed_pulls_back_byte_for_byte_and_boots(
     body = {"image": f"web@{operation['result']}", "registry": registry.host}
     body |= {"organization": "push", "name": "back"}
     server.call("POST", "/pull", 200, json=body)
-    assert read_raw(server, "back", tmp_path) == read_raw(server, "web", tmp_path)
+    assert server.read_disk("back", tmp_path) == server.read_disk("web", tmp_path)
     if form == "lume":
         seen = server.vm("back")
         assert (seen["cpu"], seen["memory"]) == (1, "256MB")
@@ -105,7 +86,8 @@ def test_a_vm_is_held_while_it_is_pushed_and_a_killed_push_goes_on(
     proxy.clear()
     server.start()
     before = proxy.uploaded
-    assert wait_over(server, push(server, proxy.host, organization="held"))["status"] == "succeeded"
+    again = push(server, proxy.host, organization="held")
+    assert server.wait_operation(again["operation"])["status"] == "succeeded"
     # The manifests, and no blob.
     assert proxy.uploaded - before < 64 << 10
     assert not any((server.home / "cache").rglob("owner.lock"))
@@ -128,6 +110,6 @@ def test_what_cannot_be_pushed_is_refused_at_once(server: Server) -> None:
     server.run("web", network="none")
     assert push(server, "127.0.0.1:1", 409)["code"] == "wrong_state"
     server.call("POST", "/vms/web/stop?force=true", 200)
-    failed = wait_over(server, push(server, "127.0.0.1:1"))
+    failed = server.wait_operation(push(server, "127.0.0.1:1")["operation"])
     assert failed["failure"]["code"] == "registry_failed"
     assert server.vm("web")["state"] == "stopped"

@@ -122,6 +122,16 @@ class Server:
             assert time.monotonic() < give_up_at, f"not within {timeout_s} s: {vm}"
             time.sleep(0.05)
 
+    def wait_operation(self, operation_id: str, timeout_s: float = BOOT_S) -> dict[str, Any]:
+        """Ask for an operation until it is over."""
+        give_up_at = time.monotonic() + timeout_s
+        while True:
+            operation = dict(self.call("GET", f"/operations/{operation_id}", 200))
+            if operation["status"] != "running":
+                return operation
+            assert time.monotonic() < give_up_at, operation
+            time.sleep(0.05)
+
     def create(self, name: str, **more: object) -> dict[str, Any]:
         """Create a VM and wait until it is stopped."""
         self.call("POST", "/vms", 202, json={"name": name, **SMALL, **more})
@@ -142,6 +152,14 @@ class Server:
     def vm_dir(self, name: str) -> Path:
         """The folder of a VM in the default location."""
         return self.home / "vms" / name
+
+    def read_disk(self, name: str, folder: Path) -> bytes:
+        """All that a stopped VM's disk holds; folder is for a copy of it."""
+        raw = folder / f"{name}.raw"
+        disk = self.vm_dir(name) / "disk.qcow2"
+        command = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", str(disk), str(raw)]
+        subprocess.run(command, check=True)
+        return raw.read_bytes()
 
     def machine_pid(self, name: str) -> int:
         """The pid of a VM's QEMU."""

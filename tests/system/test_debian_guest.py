@@ -6,7 +6,6 @@ One build and one boot for all of it: in software emulation each takes minutes o
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,13 +65,7 @@ def build(server: Server) -> None:
     """Build the image debian:12 through the API."""
     recipe = {"packages": ["tree"], "run": ["echo built > /etc/built", "id -un >> /etc/built"]}
     begun = server.call("POST", "/images/build", 202, json={"image": "debian:12", **recipe})
-    give_up_at = time.monotonic() + BUILD_S
-    while True:
-        operation = server.call("GET", f"/operations/{begun['id']}", 200)
-        if operation["status"] != "running":
-            break
-        assert time.monotonic() < give_up_at, operation
-        time.sleep(0.5)
+    operation = server.wait_operation(begun["id"], BUILD_S)
     assert operation["status"] == "succeeded", operation
 
 

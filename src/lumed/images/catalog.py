@@ -62,10 +62,10 @@ class Catalog:
         """Every name, sorted; no aliases."""
         return sorted(self.images)
 
-    @property
-    def every_name(self) -> list[str]:
-        """Every name and alias."""
-        return [*self.names, *sorted(self.aliases)]
+    def find_close(self, name: str) -> list[str]:
+        """Up to three names and aliases that somebody may have meant."""
+        known = [*self.names, *sorted(self.aliases)]
+        return difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
     def knows(self, name: str) -> bool:
         """Whether get() would find the name."""
@@ -79,7 +79,7 @@ class Catalog:
         """
         found = self.images.get(self.aliases.get(name, name))
         if found is None:
-            close = difflib.get_close_matches(name, self.every_name, n=3, cutoff=0.5) or self.names
+            close = self.find_close(name) or self.names
             reason = f"{name!r:.100} is in no catalog"
             raise InvalidField(
                 f"image {reason}", hint=f"known are {', '.join(close)}", fields={"image": reason}

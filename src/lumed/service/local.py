@@ -89,7 +89,7 @@ class LocalEngine:
         self._find_accelerator = find_accelerator
         self._tasks = tasks
         self._index = VmIndex(Locations(home, settings))
-        self._sources = Sources(images, lambda: self._keeper.settings, driver.check_ready)
+        self._sources = Sources(images, self.settings, driver.check_ready)
         self._keeper = SettingsKeeper(home, settings, self._index, images, self._sources.choose)
         self._operations = Operations(home.operations, tasks)
         self._gate = Gate()
@@ -97,11 +97,7 @@ class LocalEngine:
         self._making = Making(self._index, self._gate, self._operations)
         self._provisioning = Provisioning(self._sources, driver.check_ready)
         self._pulls = Pulls(
-            self._index,
-            self._making,
-            self._sources,
-            self._provisioning,
-            lambda: self._keeper.settings,
+            self._index, self._making, self._sources, self._provisioning, self.settings
         )
         self._library = Library(images, self._index)
         self._power = Power(home, driver, tasks, self._accelerator_name, self._get_rescue)

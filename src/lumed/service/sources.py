@@ -8,7 +8,6 @@ the catalog.
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -84,8 +83,9 @@ class Sources:
         extra = None if settings.path is None else catalog_path(settings.path)
         catalog = await asyncio.to_thread(read_catalog, extra, settings.mirrors)
         if not catalog.knows(name):
-            close = difflib.get_close_matches(name, catalog.every_name, n=3, cutoff=0.5)
-            known = ", ".join(close or (*sorted(self._cache.builtin_names), *catalog.names))
+            known = ", ".join(
+                catalog.find_close(name) or (*sorted(self._cache.builtin_names), *catalog.names)
+            )
             raise _refuse(
                 field,
                 f"{name!r:.80} is not known; known are {known}, "
