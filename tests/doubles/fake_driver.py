@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from lumed.errors import MachineFailed
-from lumed.machine.driver import GuestShutDown, MachineEvent, MachineStatus
+from lumed.machine.driver import AgentOpened, GuestShutDown, MachineEvent, MachineStatus
 from lumed.machine.spec import MachineSpec
 from lumed.model.vm import Architecture, Firmware
 from lumed.osproc import Child, ProcessId, is_alive, send_signal, start_detached
@@ -59,13 +59,23 @@ class FakeDriver:
 
 
 class FakeMachine:
-    """A `sleep` that heeds the power button, unless `deaf`."""
+    """A `sleep` that heeds the power button, unless `deaf`.
+
+    With `goes_down` set, its "guest" has an agent, which ends at the button, and ends with it.
+    """
 
     def __init__(self, process: ProcessId, child: Child | None) -> None:
         self._process = process
         self._child = child
         self._events: asyncio.Queue[MachineEvent | None] = asyncio.Queue()
         self.deaf = False
+        self.goes_down: asyncio.Event | None = None
+        self._going: asyncio.Task[None] | None = None
+
+    def open_agent(self, goes_down: asyncio.Event) -> None:
+        """Have a guest agent from now on; the event is the end of a shutdown."""
+        self.goes_down = goes_down
+        self._events.put_nowait(AgentOpened(True))
 
     @property
     def process(self) -> ProcessId:
@@ -103,8 +113,15 @@ class FakeMachine:
     async def press_power_button(self, timeout_s: float) -> None:
         """The "guest" shuts down."""
         await self.query_status(timeout_s)
-        if not self.deaf:
+        if self.goes_down is not None:
+            self._events.put_nowait(AgentOpened(False))
+            self._going = self._going or asyncio.create_task(self._go_down(self.goes_down))
+        elif not self.deaf:
             self._end(GuestShutDown(by_guest=True, reason="guest-shutdown"))
+
+    async def _go_down(self, over: asyncio.Event) -> None:
+        await over.wait()
+        self._end(GuestShutDown(by_guest=True, reason="guest-shutdown"))
 
     async def quit(self, timeout_s: float) -> None:
         """The machine ends."""

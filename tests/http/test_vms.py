@@ -204,6 +204,24 @@ async def test_a_guest_that_shuts_down_is_stopped_not_crashed(
     assert vm["lastEnd"]["cause"] == "guest-shutdown"
 
 
+async def test_a_guest_whose_agent_ends_at_the_button_gets_the_time_to_shut_down(
+    client: Client, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(client, "web", image="tiny")
+    await run(client, "web")
+    over = asyncio.Event()
+    driver.machines[-1].open_agent(over)
+    monkeypatch.setattr("lumed.service.power._BUTTON_WITH_AGENT_S", 0.1)
+
+    async def wait_longer() -> None:
+        over.set()  # only now, after the time that a guest with a deaf agent gets
+
+    monkeypatch.setattr("lumed.service.power._do_nothing", wait_longer)
+    stopped = (await client.post(f"{VMS}/web/stop")).json()
+    assert over.is_set()
+    assert stopped["lastEnd"]["step"] == "power-button"
+
+
 async def test_two_stops_are_one(client: Client, driver: FakeDriver) -> None:
     await create(client, "web", image="tiny")
     await run(client, "web")

@@ -67,6 +67,8 @@ _NEEDED_BYTES = 16 * MIB
 _PASSWORD_LETTERS = string.ascii_letters + string.digits
 # How long the guest gets after each step; together with _COMMAND_S under 20 s (contract, 1).
 _BUTTON_S, _BUTTON_WITH_AGENT_S, _AGENT_S, _QUIT_S, _TERM_S, _KILL_S = 11, 6, 4, 2, 1, 1
+# For a guest that was seen to go down, instead of the agent's step.
+_GOING_DOWN_S = 7
 _PRESS_EVERY_S = 3.0
 
 
@@ -360,7 +362,10 @@ class Power:
             patience = _BUTTON_WITH_AGENT_S if with_agent else _BUTTON_S
             yield Step("power-button", partial(_press_until, live, machine, patience), 0)
             socket = machine.agent_socket
-            if with_agent and socket is not None:
+            if with_agent and not live.agent_open.is_set():
+                # Its agent ended with the other services: it has heard the button.
+                yield Step("power-button", _do_nothing, _GOING_DOWN_S)
+            elif with_agent and socket is not None:
                 yield Step("agent", partial(GuestAgent(socket).shutdown, _COMMAND_S), _AGENT_S)
         if machine is not None and not live.silent:
             yield Step("quit", partial(machine.quit, _COMMAND_S), _QUIT_S)
@@ -384,6 +389,10 @@ async def _press_until(live: LiveMachine, machine: Machine, patience_s: float) -
     while (left := give_up_at - loop.time()) > 0 and not live.ended.is_set():
         await machine.press_power_button(_COMMAND_S)
         await _wait(live.ended, min(left, _PRESS_EVERY_S))
+
+
+async def _do_nothing() -> None:
+    pass
 
 
 async def _signal(live: LiveMachine, number: signal.Signals) -> None:
