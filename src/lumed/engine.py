@@ -20,6 +20,7 @@ from lumed.model.request import (
     PullRequest,
     PushRequest,
     RunRequest,
+    SettingsChange,
     UpdateRequest,
 )
 from lumed.model.view import VmView
@@ -108,15 +109,8 @@ class Engine(Protocol):
     def settings(self) -> Settings:
         """The settings in force."""
 
-    async def change_settings(
-        self,
-        *,
-        home_directory: str | None = None,
-        cache_directory: str | None = None,
-        caching_enabled: bool | None = None,
-        default_image: str | None = None,
-    ) -> Settings:
-        """Change and keep some settings."""
+    async def change_settings(self, change: SettingsChange) -> Settings:
+        """Change and keep some settings; all of them or, on InvalidField, none."""
 
     def locations(self) -> dict[str, Path]:
         """The named storage locations."""

@@ -17,6 +17,8 @@ from lumed import __version__
 from lumed.claim import RunLock, find_holder, take_lock
 from lumed.cli.app import Commands, build_cli
 from lumed.cli.doctor import print_checks
+from lumed.cli.output import say
+from lumed.client.discover import find_home
 from lumed.errors import Conflict, LumedError
 from lumed.files import read_json_object, write_json
 from lumed.log import EventLog, start_logging
@@ -49,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = build_cli(Commands(serve=_serve, doctor=_doctor))
     try:
         result = app(argv, exit_on_error=False, print_error=True)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _leave_stdout()
+        return 1
     except CycloptsError:
         return _USAGE_ERROR
     except LumedError as error:
@@ -65,17 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _leave_stdout() -> None:
+    """Whoever read it has gone; Python must not complain of that at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _complain(error: LumedError) -> None:
-    print(f"lume: {error.message}", file=sys.stderr)  # noqa: T201
+    say(f"lume: {error.message}")
     if error.hint:
-        print(f"  {error.hint}", file=sys.stderr)  # noqa: T201
-
-
-def find_home(given: Path | None) -> tuple[Home, bool]:
-    """The home (--home, else LUME_HOME, else ~/.lume), and whether it was named."""
-    named = given or (Path(os.environ["LUME_HOME"]) if os.environ.get("LUME_HOME") else None)
-    home = named or Path.home() / ".lume"
-    return Home(Path(os.path.abspath(home.expanduser()))), named is not None  # noqa: PTH100
+        say(f"  {error.hint}")
 
 
 def get_qemu(architecture: Architecture) -> Path:

@@ -10,8 +10,13 @@ from typing import Annotated
 from cyclopts import App, Parameter, validators
 
 from lumed import __version__
-
-DEFAULT_PORT = 7777
+from lumed.cli.apple import add_apple_commands
+from lumed.cli.config import add_config_commands
+from lumed.cli.images import add_image_commands
+from lumed.cli.link import DEFAULT_PORT
+from lumed.cli.look import add_look_commands
+from lumed.cli.run import add_run_command
+from lumed.cli.vms import add_vm_commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +66,10 @@ def build_cli(commands: Commands) -> App:
         """
         return commands.doctor(home)
 
+    add_vm_commands(app)
+    add_run_command(app)
+    add_look_commands(app)
+    add_image_commands(app)
+    add_config_commands(app)
+    add_apple_commands(app)
     return app

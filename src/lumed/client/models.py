@@ -188,6 +188,7 @@ class Host:
     memory_available_bytes: int
     disk_free_bytes: int
     accelerator: str | None
+    network_interfaces: tuple[str, ...]
     raw: Json = field(repr=False, compare=False)
 
 
@@ -317,5 +318,6 @@ def parse_host(data: Json) -> Host:
         memory_available_bytes=data["memoryAvailable"],
         disk_free_bytes=data["diskFree"],
         accelerator=data.get("accelerator"),
+        network_interfaces=tuple(data["networkInterfaces"]),
         raw=data,
     )

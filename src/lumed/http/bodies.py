@@ -20,6 +20,7 @@ from lumed.model.request import (
     PushFormat,
     PushRequest,
     RunRequest,
+    SettingsChange,
     ShareRequest,
     UpdateRequest,
 )
@@ -467,6 +468,19 @@ class ConfigBody(_Body):
     default_image: Text | None = Field(
         None, validation_alias=AliasChoices("defaultImage", "default_image")
     )
+    registry: _Registry = None
+    organization: _Organization = None
+
+    def to_request(self) -> SettingsChange:
+        """The request in the engine's words."""
+        return SettingsChange(
+            home_directory=self.home_directory,
+            cache_directory=self.cache_directory,
+            caching_enabled=self.caching_enabled,
+            default_image=self.default_image,
+            registry=self.registry,
+            organization=self.organization,
+        )
 
 
 class LocationBody(_Body):

@@ -87,12 +87,7 @@ def config_routes(engine: Engine) -> APIRouter:
 
     @router.post("", response_model=MessageReply, summary="Change settings")
     async def change_config(body: ConfigBody) -> Response:
-        await engine.change_settings(
-            home_directory=body.home_directory,
-            cache_directory=body.cache_directory,
-            caching_enabled=body.caching_enabled,
-            default_image=body.default_image,
-        )
+        await engine.change_settings(body.to_request())
         return json_response({"message": "Configuration updated successfully"})
 
     @router.get("/locations", response_model=list[LocationObject], summary="Storage locations")

@@ -219,6 +219,7 @@ class HostObject(BaseModel):
     memoryTotal: int  # noqa: N815
     memoryAvailable: int  # noqa: N815
     diskFree: int  # noqa: N815
+    networkInterfaces: list[str]  # noqa: N815
     accelerator: str | None = None
     acceleratorReason: str | None = None  # noqa: N815
 

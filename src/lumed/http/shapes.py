@@ -180,6 +180,7 @@ def host_object(host: HostStatus) -> dict[str, Any]:
         "memoryTotal": host.memory_total_bytes,
         "memoryAvailable": host.memory_available_bytes,
         "diskFree": host.disk_free_bytes,
+        "networkInterfaces": list(host.network_interfaces),
     }
     if host.accelerator is not None:
         shape["accelerator"] = host.accelerator

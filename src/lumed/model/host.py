@@ -29,6 +29,7 @@ class HostStatus:
     disk_free_bytes: int
     accelerator: str | None
     accelerator_reason: str | None
+    network_interfaces: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,3 +119,15 @@ class BuildRequest:
     image: str
     packages: tuple[str, ...] = ()
     run: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsChange:
+    """What to change in the settings; None stays. An empty organization is none at all."""
+
+    home_directory: str | None = None
+    cache_directory: str | None = None
+    caching_enabled: bool | None = None
+    default_image: str | None = None
+    registry: str | None = None
+    organization: str | None = None

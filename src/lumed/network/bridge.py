@@ -61,6 +61,16 @@ def check_bridge(interface: str | None) -> None:
     _require_root(_choose_interface(interface))
 
 
+def list_interfaces() -> list[str]:
+    """The interfaces that a VM can be bridged to, by name; the loopback one is none."""
+    names = (name for _, name in socket.if_nameindex())
+    return sorted(
+        name
+        for name in names
+        if (_SYS / name / "bridge").is_dir() or _explain_refusal(name) is None
+    )
+
+
 def _choose_interface(interface: str | None) -> str:
     present = [name for _, name in socket.if_nameindex()]
     if interface is None:
@@ -153,16 +163,20 @@ async def _open_macvtap(parent: str, mac: str, uuid: str) -> int:
 
 
 def _require_macvtap_parent(parent: str) -> None:
+    why = _explain_refusal(parent)
+    if why is not None:
+        raise NotPossibleHere(
+            f"bridged networking on {parent} is not possible: it {why}",
+            hint='name a bridge or an Ethernet card, or use network "nat"',
+        )
+
+
+def _explain_refusal(parent: str) -> str | None:
     if (_SYS / parent / "wireless").exists():
-        why = "is wireless, and an access point takes no other MAC addresses than its own"
-    elif (_SYS / parent / "type").read_text().strip() != str(_ARPHRD_ETHER) or parent == "lo":
-        why = "is neither a bridge nor an Ethernet card"
-    else:
-        return
-    raise NotPossibleHere(
-        f"bridged networking on {parent} is not possible: it {why}",
-        hint='name a bridge or an Ethernet card, or use network "nat"',
-    )
+        return "is wireless, and an access point takes no other MAC addresses than its own"
+    if (_SYS / parent / "type").read_text().strip() != str(_ARPHRD_ETHER) or parent == "lo":
+        return "is neither a bridge nor an Ethernet card"
+    return None
 
 
 def _device_of(macvtap: str) -> Path:

@@ -11,6 +11,8 @@ from pathlib import Path
 from lumed.errors import AlreadyExists, Conflict, InvalidField
 from lumed.files import expand_path
 from lumed.images.local import ImageCache
+from lumed.images.reference import parse_reference
+from lumed.model.request import SettingsChange
 from lumed.naming import check_location_name
 from lumed.settings import Settings, with_location, write_settings
 from lumed.store.index import VmIndex
@@ -42,30 +44,30 @@ class SettingsKeeper:
         cache = self._settings.cache_directory or str(self._home.cache)
         return replace(self._settings, cache_directory=cache)
 
-    async def change(
-        self,
-        *,
-        home_directory: str | None,
-        cache_directory: str | None,
-        caching_enabled: bool | None,
-        default_image: str | None,
-    ) -> Settings:
+    async def change(self, change: SettingsChange) -> Settings:
         """Change what is not None; all of it or, on InvalidField, nothing."""
         settings = self._settings
-        if home_directory is not None:
-            path = await asyncio.to_thread(_usable_directory, home_directory, "homeDirectory")
-            settings = with_location(settings, "home", str(path))
-        if cache_directory is not None:
-            path = await asyncio.to_thread(_usable_directory, cache_directory, "cacheDirectory")
-            settings = replace(settings, cache_directory=str(path))
-        if caching_enabled is not None:
-            settings = replace(settings, caching_enabled=caching_enabled)
-        if default_image is not None:
-            if default_image == "latest":
+        if change.home_directory is not None:
+            path = await _get_directory(change.home_directory, "homeDirectory")
+            settings = with_location(settings, "home", path)
+        if change.cache_directory is not None:
+            path = await _get_directory(change.cache_directory, "cacheDirectory")
+            settings = replace(settings, cache_directory=path)
+        if change.caching_enabled is not None:
+            settings = replace(settings, caching_enabled=change.caching_enabled)
+        if change.default_image is not None:
+            if change.default_image == "latest":
                 reason = "latest stands for the default image; name another"
                 raise InvalidField(f"defaultImage: {reason}", fields={"defaultImage": reason})
-            await self._check_image(default_image, "defaultImage")
-            settings = replace(settings, default_image=default_image)
+            await self._check_image(change.default_image, "defaultImage")
+            settings = replace(settings, default_image=change.default_image)
+        if change.registry is not None or change.organization is not None:
+            registry = settings.registry if change.registry is None else change.registry
+            organization = (
+                settings.organization if change.organization is None else change.organization
+            )
+            parse_reference("name", registry, organization)  # raises for what no image can be in
+            settings = replace(settings, registry=registry, organization=organization)
         await self._apply(settings)
         return self.settings
 
@@ -73,9 +75,9 @@ class SettingsKeeper:
         """Configure a location; a built-in name may be given another folder once."""
         if check_location_name(name) in self._settings.locations:
             raise AlreadyExists(f"VM location with name '{name}' already exists")
-        directory = await asyncio.to_thread(_usable_directory, path, "path")
-        await self._apply(with_location(self._settings, name, str(directory)))
-        return directory
+        directory = await _get_directory(path, "path")
+        await self._apply(with_location(self._settings, name, directory))
+        return Path(directory)
 
     async def remove_location(self, name: str) -> None:
         """Forget a location's name; VMs in it stay, under its path."""
@@ -110,6 +112,10 @@ class SettingsKeeper:
                 after.remember(path)
         write_settings(settings)
         self._index.locations = after
+
+
+async def _get_directory(text: str, field: str) -> str:
+    return str(await asyncio.to_thread(_usable_directory, text, field))
 
 
 def _usable_directory(text: str, field: str) -> Path:

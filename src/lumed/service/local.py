@@ -30,10 +30,12 @@ from lumed.model.request import (
     PullRequest,
     PushRequest,
     RunRequest,
+    SettingsChange,
     UpdateRequest,
 )
 from lumed.model.view import VmView
 from lumed.model.vm import Architecture, DiskFormat, VmConfig
+from lumed.network.bridge import list_interfaces
 from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
 from lumed.service.cloning import make_clone, request_of_clone
@@ -431,6 +433,7 @@ class LocalEngine:
             disk_free_bytes=await asyncio.to_thread(free_bytes, default),
             accelerator=accelerator.name if accelerator else None,
             accelerator_reason=accelerator.reason if accelerator else None,
+            network_interfaces=tuple(await asyncio.to_thread(list_interfaces)),
         )
 
     def settings(self) -> Settings:
@@ -441,21 +444,9 @@ class LocalEngine:
         """See Engine."""
         return self._index.locations.named()
 
-    async def change_settings(
-        self,
-        *,
-        home_directory: str | None = None,
-        cache_directory: str | None = None,
-        caching_enabled: bool | None = None,
-        default_image: str | None = None,
-    ) -> Settings:
+    async def change_settings(self, change: SettingsChange) -> Settings:
         """See Engine."""
-        return await self._keeper.change(
-            home_directory=home_directory,
-            cache_directory=cache_directory,
-            caching_enabled=caching_enabled,
-            default_image=default_image,
-        )
+        return await self._keeper.change(change)
 
     async def add_location(self, name: str, path: str) -> Path:
         """See Engine."""

@@ -1,0 +1,108 @@
+"""From a command to the server of its home: the one that runs, or one that is started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lumed.cli.output import say
+from lumed.client.discover import find_home, find_socket
+from lumed.errors import LumedError, TimedOut
+
+if TYPE_CHECKING:
+    from lumed.client.client import Client
+    from lumed.store.layout import Home
+
+DEFAULT_PORT = 7777
+_START_S = 30.0
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The options by which every command finds its server."""
+
+    home: Annotated[Path | None, Parameter(help="home directory (or LUME_HOME)")] = None
+    no_start: Annotated[bool, Parameter(negative="", help="do not start a server if none runs")] = (
+        False
+    )
+
+    def connect(self) -> Client:
+        """A client of the home's server, which is started if need be. Raises LumedError."""
+        home, _ = find_home(self.home)
+        if not _answers(find_socket(home)):
+            if self.no_start:
+                raise LumedError(
+                    f"No server runs for {home.root}", hint="start one: lume serve, or lume ls"
+                )
+            self._start_server(home)
+        from lumed.client.client import Client
+
+        return Client(home=home.root)
+
+    def _start_server(self, home: Home) -> None:
+        home.prepare()
+        log = home.logs / "serve.log"
+        command = [sys.executable, "-m", "lumed", "serve", "--port", str(_choose_port())]
+        if self.home is not None:
+            command += ["--home", str(home.root)]
+        reader, writer = os.pipe()
+        with os.fdopen(reader) as said:
+            with log.open("ab") as errors, os.fdopen(writer, "w") as stdout:
+                started_at = errors.tell()
+                server = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stdout,
+                    stderr=errors,
+                    cwd="/",
+                    start_new_session=True,
+                )
+            ready, _, _ = select.select([said], [], [], _START_S)
+            line = said.readline().strip() if ready else ""
+        if line:
+            say(f"lume: no server was running; {line}")
+        elif ready:
+            server.wait(_START_S)
+            # Another command may have been quicker.
+            if not _answers(find_socket(home)):
+                raise _did_not_start(log, started_at)
+        else:
+            raise TimedOut(f"The server was not ready within {_START_S:g} s; see {log}")
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(5)
+        with contextlib.suppress(OSError):
+            probe.connect(os.fspath(path))
+            return True
+    return False
+
+
+def _choose_port() -> int:
+    """The usual port, or any if another program has it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", DEFAULT_PORT))
+        except OSError:
+            return 0
+    return DEFAULT_PORT
+
+
+def _did_not_start(log: Path, since: int) -> LumedError:
+    with log.open("rb") as file:
+        file.seek(since)
+        last_words = file.read(4096).decode(errors="replace").strip()
+    said = last_words.removeprefix("lume: ") or "it said nothing"
+    return LumedError(f"The server did not start: {said}")
