@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 
 from lumed.errors import InvalidField
 
 KIB, MIB, GIB, TIB = (1024**n for n in (1, 2, 3, 4))
 
 _UNITS = {"B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(?:I?B)?|(B))?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,20})(?:\.(\d{1,20}))?\s*(?:([KMGT])(?:I?B)?|(B))?\s*", re.IGNORECASE)
 
 
 def parse_size(value: object, field: str) -> int:
@@ -26,9 +25,9 @@ def parse_size(value: object, field: str) -> int:
     elif isinstance(value, float):
         size = int(value) if value.is_integer() else None
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        number, unit, plain = match.groups()
+        whole, decimals, unit, plain = match.groups(default="")
         factor = 1 if plain else _UNITS[(unit or "G").upper()]
-        size = int(Decimal(number) * factor)
+        size = int(whole + decimals) * factor // 10 ** len(decimals)
     else:
         size = None
     if size is None or size <= 0:

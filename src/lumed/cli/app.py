@@ -10,13 +10,17 @@ from typing import Annotated
 from cyclopts import App, Parameter, validators
 
 from lumed import __version__
-from lumed.cli.apple import add_apple_commands
-from lumed.cli.config import add_config_commands
-from lumed.cli.images import add_image_commands
 from lumed.cli.link import DEFAULT_PORT
-from lumed.cli.look import add_look_commands
-from lumed.cli.run import add_run_command
-from lumed.cli.vms import add_vm_commands
+
+_LAZY = {
+    "vms": ("create", "ls", "get", "set", "clone", "stop", "shutdown", "restart", "delete"),
+    "run": ("run",),
+    "look": ("attach", "screenshot", "logs"),
+    "images": ("pull", "push", "convert", "images", "prune", "image"),
+    "config": ("config",),
+    "apple": ("setup", "ipsw", "sip"),
+}
+_FUNCTIONS = {"set": "set_", "image": "image_app", "config": "config_app"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,8 @@ def build_cli(commands: Commands) -> App:
         """
         return commands.doctor(home)
 
-    add_vm_commands(app)
-    add_run_command(app)
-    add_look_commands(app)
-    add_image_commands(app)
-    add_config_commands(app)
-    add_apple_commands(app)
+    for place, names in _LAZY.items():
+        for name in names:
+            # Imported when it is called: `lume ls` has no use for the rest.
+            app.command(f"lumed.cli.{place}:{_FUNCTIONS.get(name, name)}", name=name)
     return app

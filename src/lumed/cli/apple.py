@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from lumed.errors import NotPossibleHere
 
 _Rest = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
-
-
-def add_apple_commands(app: App) -> None:
-    """setup, ipsw, sip, and Lume's own updates."""
-    for command in (setup, ipsw, sip):
-        app.command(command)
 
 
 def setup(*arguments: _Rest) -> None:

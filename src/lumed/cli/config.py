@@ -14,39 +14,6 @@ from lumed.client.models import Location
 from lumed.errors import NotPossibleHere
 
 
-def add_config_commands(app: App) -> None:
-    """config and what is under it."""
-    config = App(name="config", help="Show and change the settings.")
-    config.default(get)
-    config.command(get)
-    storage = App(name="storage", help="Storage locations.")
-    storage.command(add)
-    storage.command(remove)
-    storage.command(list_, name="list")
-    storage.command(default)
-    cache = App(name="cache", help="The image cache.")
-    cache.default(cache_status)
-    cache.command(cache_status, name="status")
-    cache.command(cache_dir, name="dir")
-    cache.command(enable)
-    cache.command(disable)
-    registry = App(name="registry", help="The registry for names without one.")
-    registry.default(registry_status)
-    registry.command(registry_status, name="status")
-    registry.command(registry_type, name="type")
-    registry.command(ghcr)
-    registry.command(gcs)
-    network = App(name="network", help="The host's network.")
-    network.command(interfaces)
-    telemetry = App(name="telemetry", help="There is none.")
-    telemetry.default(telemetry_status)
-    telemetry.command(telemetry_status, name="status")
-    telemetry.command(telemetry_status, name="disable")
-    for group in (storage, cache, registry, network, telemetry):
-        config.command(group)
-    app.command(config)
-
-
 def get(*, format: AsFormat = "text", link: Link = Link()) -> None:  # noqa: B008
     """Show all settings.
 
@@ -232,3 +199,38 @@ def telemetry_status() -> None:
     Example: lume config telemetry status
     """
     show("disabled: lumed has no telemetry")
+
+
+def _build() -> App:
+    config = App(name="config", help="Show and change the settings.")
+    config.default(get)
+    config.command(get)
+    storage = App(name="storage", help="Storage locations.")
+    storage.command(add)
+    storage.command(remove)
+    storage.command(list_, name="list")
+    storage.command(default)
+    cache = App(name="cache", help="The image cache.")
+    cache.default(cache_status)
+    cache.command(cache_status, name="status")
+    cache.command(cache_dir, name="dir")
+    cache.command(enable)
+    cache.command(disable)
+    registry = App(name="registry", help="The registry for names without one.")
+    registry.default(registry_status)
+    registry.command(registry_status, name="status")
+    registry.command(registry_type, name="type")
+    registry.command(ghcr)
+    registry.command(gcs)
+    network = App(name="network", help="The host's network.")
+    network.command(interfaces)
+    telemetry = App(name="telemetry", help="There is none.")
+    telemetry.default(telemetry_status)
+    telemetry.command(telemetry_status, name="status")
+    telemetry.command(telemetry_status, name="disable")
+    for group in (storage, cache, registry, network, telemetry):
+        config.command(group)
+    return config
+
+
+config_app = _build()

@@ -34,17 +34,6 @@ Tags = Annotated[
 ]
 
 
-def add_image_commands(app: App) -> None:
-    """pull, push, convert, images, prune, and `image` with what only lumed has."""
-    for command in (pull, push, convert, images, prune):
-        app.command(command)
-    image = App(name="image", help="Build, list and delete images of the cache.")
-    image.command(build)
-    image.command(images, name="ls")
-    image.command(delete_image, name="delete")
-    app.command(image)
-
-
 def pull(
     image: str,
     name: str | None = None,
@@ -295,3 +284,8 @@ _COLUMNS: tuple[Column[Image], ...] = (
     Column("LAST USED", lambda image: image.last_used_at[:19].replace("T", " "), 3),
     Column("USED BY", lambda image: ", ".join(image.vms), 6),
 )
+
+image_app = App(name="image", help="Build, list and delete images of the cache.")
+image_app.command(build)
+image_app.command(images, name="ls")
+image_app.command(delete_image, name="delete")

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from lumed.cli.link import Link
 from lumed.cli.output import clean, say, show
@@ -20,12 +20,6 @@ from lumed.errors import LumedError, MissingDependency, WrongState
 
 _VIEWERS = ("remote-viewer", "gvncviewer", "vncviewer")
 _SERVER_LOGS = ("all", "info", "error")
-
-
-def add_look_commands(app: App) -> None:
-    """attach, screenshot, logs."""
-    for command in (attach, screenshot, logs):
-        app.command(command)
 
 
 def attach(

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from lumed.cli.bars import follow
 from lumed.cli.link import Link
@@ -32,11 +32,6 @@ _SIGNS = (
 )
 _LONGEST_SIGN = max(len(sign) for sign, _ in _SIGNS)
 _WAIT_S = 600.0
-
-
-def add_run_command(app: App) -> None:
-    """run."""
-    app.command(run)
 
 
 def run(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from lumed.cli.bars import follow
 from lumed.cli.link import Link
@@ -22,12 +22,6 @@ AsFormat = Annotated[Format, Parameter(name=["--format", "-f"], help="text, json
 # Options of Lume's command that mean nothing on this host: taken, so that scripts go on.
 Unneeded = Annotated[str | None, Parameter(show=False)]
 UnneededFlag = Annotated[bool, Parameter(show=False, negative="")]
-
-
-def add_vm_commands(app: App) -> None:
-    """create, ls, get, set, clone, stop, shutdown, restart and delete."""
-    for command in (create, ls, get, set_, clone, stop, shutdown, restart, delete):
-        app.command(command, name=command.__name__.strip("_"))
 
 
 def create(
