@@ -97,6 +97,9 @@ class Engine(Protocol):
     def get_operation(self, operation_id: str) -> Operation:
         """One operation. Raises NotFound."""
 
+    async def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
+        """Wait until an operation is over, or that long; how it is then. Raises NotFound."""
+
     async def finish_operation(self, operation_id: str) -> Operation:
         """Wait until an operation is over. Raises what it failed with, WrongState if cancelled."""
 

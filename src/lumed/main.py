@@ -166,8 +166,10 @@ async def _run_server(
                 "the API is open to the network, without authentication", url=listeners.url
             )
         try:
-            app = build_app(engine, frozenset({host}))
-            await serve(app, listeners, partial(_announce, home, listeners.url, socket_path))
+            ending = asyncio.Event()
+            app = build_app(engine, frozenset({host}), ending)
+            announce = partial(_announce, home, listeners.url, socket_path)
+            await serve(app, listeners, announce, ending)
         finally:
             home.server_json.unlink(missing_ok=True)
             listeners.close()

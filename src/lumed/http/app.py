@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -41,8 +42,16 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(engine: Engine, hosts: frozenset[str] = frozenset()) -> Guard:
-    """The application; hosts are the names, beside loopback's, that `Host` may hold."""
+def build_app(
+    engine: Engine,
+    hosts: frozenset[str] = frozenset(),
+    ending: asyncio.Event | None = None,
+) -> Guard:
+    """The application; hosts are the names, beside loopback's, that `Host` may hold.
+
+    ending is set when the server begins to end: whatever waits then has its answer at once.
+    """
+    ending = ending or asyncio.Event()
     app = FastAPI(
         title="lumed",
         version=__version__,
@@ -63,7 +72,7 @@ def build_app(engine: Engine, hosts: frozenset[str] = frozenset()) -> Guard:
         push_routes(engine),
         image_routes(engine),
         host_routes(engine),
-        operation_routes(engine),
+        operation_routes(engine, ending),
         config_routes(engine),
     ):
         app.include_router(router)

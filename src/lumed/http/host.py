@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Response
@@ -17,6 +18,10 @@ from lumed.http.replies import (
     OperationObject,
 )
 from lumed.http.shapes import host_object, json_response, operation_object
+from lumed.http.streams import wait_unless
+from lumed.model.operation import OperationStatus
+
+_LONGEST_WAIT_S = 60
 
 
 def host_routes(engine: Engine) -> APIRouter:
@@ -37,17 +42,43 @@ def host_routes(engine: Engine) -> APIRouter:
     return router
 
 
-def operation_routes(engine: Engine) -> APIRouter:
-    """/lume/operations."""
+def operation_routes(engine: Engine, ending: asyncio.Event) -> APIRouter:
+    """/lume/operations; who waits for one has an answer when `ending` is set."""
     router = APIRouter(prefix="/lume/operations", tags=["operations"])
 
     @router.get("", response_model=list[OperationObject], summary="Operations, newest first")
-    async def list_operations() -> Response:
-        return json_response([operation_object(op) for op in engine.list_operations()])
+    async def list_operations(
+        status: OperationStatus | None = None,
+        target: Annotated[str | None, Query(description="A VM's or an image's name")] = None,
+        action: Annotated[str | None, Query(examples=["run"])] = None,
+    ) -> Response:
+        found = [
+            operation_object(op)
+            for op in engine.list_operations()
+            if status in (None, op.status)
+            and target in (None, op.target)
+            and action in (None, op.action)
+        ]
+        return json_response(found)
 
     @router.get("/{id}", response_model=OperationObject, summary="One operation")
-    async def get_operation(id: str) -> Response:
-        return json_response(operation_object(engine.get_operation(id)))
+    async def get_operation(
+        id: str,
+        wait: Annotated[
+            float,
+            Query(
+                ge=0,
+                le=_LONGEST_WAIT_S,
+                allow_inf_nan=False,
+                description="Seconds to wait for its end; the answer is how it is then",
+            ),
+        ] = 0,
+    ) -> Response:
+        operation = engine.get_operation(id)
+        if wait and not operation.is_over:
+            over = await wait_unless(ending, engine.wait_operation(id, wait))
+            operation = over or engine.get_operation(id)
+        return json_response(operation_object(operation))
 
     @router.post("/{id}/cancel", response_model=OperationObject, summary="Cancel an operation")
     async def cancel_operation(id: str) -> Response:

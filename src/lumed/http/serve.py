@@ -114,10 +114,12 @@ def _remove_old_socket(path: Path) -> None:
 class _Server(uvicorn.Server):
     """uvicorn without its ten wake-ups a second: it sleeps until a signal ends it."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, on_ready: Callable[[], None], ending: asyncio.Event
+    ) -> None:
         super().__init__(config)
         self._on_ready = on_ready
-        self._end = asyncio.Event()
+        self._end = ending
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -144,8 +146,10 @@ class _Server(uvicorn.Server):
         await self._end.wait()
 
 
-async def serve(app: Guard, listeners: Listeners, on_ready: Callable[[], None]) -> None:
-    """Answer until SIGINT or SIGTERM."""
+async def serve(
+    app: Guard, listeners: Listeners, on_ready: Callable[[], None], ending: asyncio.Event
+) -> None:
+    """Answer until SIGINT or SIGTERM, which set `ending`."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -160,4 +164,4 @@ async def serve(app: Guard, listeners: Listeners, on_ready: Callable[[], None]) 
     # What was made until now lives for ever: without this, a collection takes 25 ms at random.
     gc.freeze()
     gc.enable()
-    await _Server(config, on_ready).serve(sockets=[listeners.tcp, listeners.unix])
+    await _Server(config, on_ready, ending).serve(sockets=[listeners.tcp, listeners.unix])

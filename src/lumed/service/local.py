@@ -400,6 +400,10 @@ class LocalEngine:
         """See Engine."""
         return self._operations.get(operation_id)
 
+    async def wait_operation(self, operation_id: str, timeout_s: float) -> Operation:
+        """See Engine."""
+        return await self._operations.wait(operation_id, timeout_s)
+
     async def finish_operation(self, operation_id: str) -> Operation:
         """See Engine."""
         over = await self._operations.wait(operation_id, None)
