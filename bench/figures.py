@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -33,7 +35,7 @@ from bench.sampling import (
     wait_for_bytes,
     wait_for_end,
 )
-from bench.server import Client, Lumed, Process, create, wait_until
+from bench.server import Client, EventStream, Lumed, Process, create, wait_until
 
 _STATIC = ["-m", "bench.static_server"]
 _RUN = "/lume/vms/bench/run"
@@ -203,6 +205,30 @@ def measure_memory(lumed: Lumed, runs: int) -> Iterator[Row]:
     yield Row("memory for one more running VM", "MiB", numbers, more, 1, samples=samples)
 
 
+def measure_events(lumed: Lumed, runs: int) -> Iterator[Row]:
+    """From the end of a machine that is killed to those who watch, the last of 1 and of 64."""
+    samples: Samples = {"lumed": [], "last of 64": []}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(lumed.serve())
+        create(server.client, "bench")
+        streams: list[EventStream] = []
+        for who, watchers in (("lumed", 1), ("last of 64", 64)):
+            while len(streams) < watchers:
+                streams.append(EventStream(server.url))
+                stack.callback(streams[-1].close)
+            for _ in range(runs):
+                server.client.send("POST", _RUN, {})
+                for stream in streams:
+                    stream.wait_for("bench", "running")
+                record = json.loads((lumed.vm_dir("bench") / "run.json").read_bytes())
+                started = time.perf_counter()
+                os.kill(record["process"]["pid"], signal.SIGKILL)
+                for stream in streams:
+                    stream.wait_for("bench", "crashed")
+                samples[who].append(ms_since(started))
+    yield median_row("a machine's end to its watchers", samples, 50)
+
+
 def _is_ready(server: Process, name: str) -> bool:
     return "ipAddress" in server.client.get(f"/lume/vms/{name}")
 
@@ -230,6 +256,7 @@ FIGURES: dict[str, Callable[[Lumed, int], Iterator[Row]]] = {
     "server": measure_server,
     "memory": measure_memory,
     "idle": measure_idle,
+    "events": measure_events,
     "pull-zstd": measure_zstd_pull,
     "pull-gzip": measure_gzip_pull,
     "pull-container": measure_container_pull,

@@ -45,6 +45,29 @@ class Client:
         self._connection.close()
 
 
+class EventStream:
+    """A subscriber of a server's events."""
+
+    def __init__(self, url: str) -> None:
+        self._connection = HTTPConnection(urlsplit(url).netloc, timeout=60)
+        self._connection.request("GET", "/lume/events")
+        self._response = self._connection.getresponse()
+
+    def wait_for(self, name: str, state: str) -> None:
+        """Read until an event says that a VM is in a state."""
+        while line := self._response.readline():
+            if line.startswith(b"data: "):
+                data = json.loads(line[6:])
+                if data.get("name") == name and data.get("state") == state:
+                    return
+        raise RuntimeError("the stream ended")
+
+    def close(self) -> None:
+        """Hang up."""
+        self._response.close()
+        self._connection.close()
+
+
 class Process:
     """A server process that says on its first line of output where it listens."""
 
@@ -65,6 +88,7 @@ class Process:
             self._process.wait()
             raise RuntimeError(f"the server did not start: {argv}")
         self.said_ready_ms = ms_since(started)
+        self.url = word
         self.client = Client(word)
         self.started = started
 

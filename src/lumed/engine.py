@@ -6,12 +6,15 @@ so nothing here is tied to one machine. Every method raises LumedError subclasse
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from lumed.model.host import HostStatus
 from lumed.model.image import ImageView, Pruned
+from lumed.model.notice import Notice
 from lumed.model.operation import Operation
 from lumed.model.request import (
     BuildRequest,
@@ -33,6 +36,18 @@ class Accepted:
 
     vm: VmView
     operation: Operation
+
+
+class Watch(Protocol):
+    """One watcher's place in what is told."""
+
+    async def wait(self, timeout_s: float) -> Sequence[Notice]:
+        """The next notices, at once if there are any; none if nothing came for that long.
+
+        A RESET among them: what came before is not known any more (the watcher is new, comes
+        from another server run, or reads too slowly). Who lists all VMs and operations after
+        it, and goes on with what follows, misses nothing.
+        """
 
 
 class Engine(Protocol):
@@ -105,6 +120,14 @@ class Engine(Protocol):
 
     async def cancel_operation(self, operation_id: str) -> Operation:
         """Ask an operation to stop and wait until it has. Raises WrongState if it is over."""
+
+    def watch(self, after: str | None, vm: str | None) -> AbstractAsyncContextManager[Watch]:
+        """Be told what changes: each VM, whoever changes it, and each operation.
+
+        after is the id of the last notice that was taken in, None for a new watcher. With vm
+        only what concerns the VM of that name is told. A VM's notice is what a look at it saw:
+        never a state that no look could have seen, and not each that it had.
+        """
 
     async def host_status(self) -> HostStatus:
         """The host in numbers."""

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from lumed import __version__
 from lumed.engine import Engine
 from lumed.http.errors import install_error_handlers
+from lumed.http.events import event_routes
 from lumed.http.guard import Guard
 from lumed.http.host import config_routes, host_routes, operation_routes
 from lumed.http.images import image_routes, pull_routes, push_routes
@@ -74,6 +75,7 @@ def build_app(
         host_routes(engine),
         operation_routes(engine, ending),
         config_routes(engine),
+        event_routes(engine, ending),
     ):
         app.include_router(router)
     return Guard(app, hosts)

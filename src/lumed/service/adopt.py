@@ -100,7 +100,7 @@ async def _take_up(
     if live.process is None:
         await _close_books(live)
         return
-    power.live[live.vm_dir.path] = live
+    power.hold(live)
     power.watch(live)
     # Not bounded in time: a machine that was stopped (SIGSTOP) is taken up when it goes on.
     attaching = tasks.create_task(_attach(live, live.process, driver), f"adopt {live.vm_dir.name}")

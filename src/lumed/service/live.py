@@ -44,11 +44,16 @@ _SSH_ANSWERS_IN_S = 0.3
 _RESUME_ABOVE_BYTES = 32 * 1024 * 1024
 
 
+def _nobody_asks() -> None:
+    pass
+
+
 @dataclass(slots=True, eq=False)
 class LiveMachine:
     """One running (or starting, or ending) machine.
 
-    machine is None while it starts, and for one that was silent when it was adopted.
+    machine is None while it starts, and for one that was silent when it was adopted. on_change
+    is called when its state, or what else one sees of it, may have changed.
     """
 
     vm_dir: VmDir
@@ -65,6 +70,7 @@ class LiveMachine:
     agent_open: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     end: MachineEnd | None = None
+    on_change: Callable[[], None] = _nobody_asks
     _checked_at: float = 0.0
     _check: asyncio.Task[None] | None = None
     _ready_task: asyncio.Task[None] | None = None
@@ -94,6 +100,7 @@ class LiveMachine:
         record = replace(self.record, **changes)  # type: ignore[arg-type]
         await asyncio.to_thread(write_run_record, self.vm_dir.run_record, record)
         self.record = record
+        self.on_change()
 
     async def check(self) -> None:
         """Ask the machine how it is, unless it answered within the last second.
@@ -109,6 +116,7 @@ class LiveMachine:
             await asyncio.wait({self._check}, timeout=_SILENT_AFTER_S)
 
     async def _ask(self, machine: Machine) -> None:
+        before = (self.silent, self.paused, self.ssh_available)
         try:
             status = await machine.query_status(_SILENT_AFTER_S * 0.9)
             if self.disk_full and status is MachineStatus.PAUSED:
@@ -124,6 +132,8 @@ class LiveMachine:
             self.paused = status is MachineStatus.PAUSED
             await self._look_for_ssh()
         self._checked_at = time.monotonic()
+        if before != (self.silent, self.paused, self.ssh_available):
+            self.on_change()
 
     async def _look_for_ssh(self) -> None:
         if self.ssh_available or self.ip_address is None:
@@ -147,6 +157,7 @@ class LiveMachine:
         self.silent = False
         self._events_task = asyncio.create_task(self._follow_events(machine))
         self._watch_readiness()
+        self.on_change()
 
     async def watch(self, on_end: Callable[[LiveMachine], None]) -> None:
         """Follow the process to its end and record that end. Runs as a task of the engine."""
@@ -205,6 +216,7 @@ class LiveMachine:
                 case DiskError():
                     self.disk_full = event.no_space
                     _log.warning("disk error", vm=self.vm_dir.name, no_space=event.no_space)
+            self.on_change()
 
     def _watch_readiness(self) -> None:
         if self._ready_task is not None:
@@ -227,6 +239,7 @@ class LiveMachine:
             ssh=ssh,
             answer=answer,
         )
+        self.on_change()
         _log.info("guest ready", vm=self.vm_dir.name, evidence=self.readiness.evidence.value)
 
     def _forward_of(self, guest_port: int) -> tuple[str, int] | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,8 @@ from lumed.service.keeper import SettingsKeeper
 from lumed.service.library import Library
 from lumed.service.live import LiveMachine
 from lumed.service.making import Making, Work
+from lumed.service.notices import Subscription
+from lumed.service.observer import Observer
 from lumed.service.operations import Operations, RunningOperation
 from lumed.service.power import Power, RescueSystem
 from lumed.service.provisioning import Provisioning
@@ -93,16 +96,19 @@ class LocalEngine:
         self._index = VmIndex(Locations(home, settings))
         self._sources = Sources(images, self.settings, driver.check_ready)
         self._keeper = SettingsKeeper(home, settings, self._index, images, self._sources.choose)
-        self._operations = Operations(home.operations, tasks)
+        self._operations = Operations(home.operations, tasks, self._tell_operation)
         self._gate = Gate()
         self._views = Views()
-        self._making = Making(self._index, self._gate, self._operations)
+        self._making = Making(self._index, self._gate, self._operations, self._mark)
         self._provisioning = Provisioning(self._sources, driver.check_ready)
         self._pulls = Pulls(
             self._index, self._making, self._sources, self._provisioning, self.settings
         )
         self._library = Library(images, self._index)
-        self._power = Power(home, driver, tasks, self._accelerator_name, self._get_rescue)
+        self._power = Power(
+            home, driver, tasks, self._accelerator_name, self._get_rescue, self._mark
+        )
+        self._observer = Observer(self._index, self._making, self._power.live, self._view, tasks)
 
     async def open(self) -> None:
         """Sweep what a killed server left, and take up its machines."""
@@ -233,6 +239,7 @@ class LocalEngine:
             )
             if changed != config:
                 await asyncio.to_thread(write_config, vm_dir, changed)
+                self._mark(name)
         return self._view(await self._get_stored(name, stored.location_name))
 
     async def delete_vm(self, name: str, storage: str | None = None) -> None:
@@ -251,6 +258,7 @@ class LocalEngine:
                 # Its disk is about to go: there is nothing that a shutdown could save.
                 await self._power.stop(live, force=True)
             await asyncio.to_thread(remove_vm, stored.vm_dir, os.urandom(8).hex())
+        self._mark(name)
         _log.info("vm deleted", vm=name)
 
     # Running
@@ -417,6 +425,18 @@ class LocalEngine:
             raise WrongState("A stop cannot be cancelled")
         return await self._operations.cancel(operation_id)
 
+    # Watching
+
+    def watch(self, after: str | None, vm: str | None) -> AbstractAsyncContextManager[Subscription]:
+        """See Engine."""
+        return self._observer.watch(after, vm)
+
+    def _mark(self, name: str) -> None:
+        self._observer.mark(name)
+
+    def _tell_operation(self, operation: Operation) -> None:
+        self._observer.tell_operation(operation)
+
     # Host and settings
 
     async def host_status(self) -> HostStatus:
@@ -450,15 +470,20 @@ class LocalEngine:
 
     async def change_settings(self, change: SettingsChange) -> Settings:
         """See Engine."""
-        return await self._keeper.change(change)
+        changed = await self._keeper.change(change)
+        self._observer.mark_all()
+        return changed
 
     async def add_location(self, name: str, path: str) -> Path:
         """See Engine."""
-        return await self._keeper.add_location(name, path)
+        directory = await self._keeper.add_location(name, path)
+        self._observer.mark_all()
+        return directory
 
     async def remove_location(self, name: str) -> None:
         """See Engine."""
         await self._keeper.remove_location(name)
+        self._observer.mark_all()
 
     async def set_default_location(self, name: str) -> None:
         """See Engine."""

@@ -35,10 +35,18 @@ Prepare = Callable[[], Awaitable[tuple[VmView, Work]]]
 class Making:
     """Takes names, runs what makes their VMs, and remembers why it failed."""
 
-    def __init__(self, index: VmIndex, gate: Gate, operations: Operations) -> None:
+    def __init__(
+        self,
+        index: VmIndex,
+        gate: Gate,
+        operations: Operations,
+        on_change: Callable[[str], None],
+    ) -> None:
+        """on_change is told the name of a VM that shows, shows more, or shows no longer."""
         self._index = index
         self._gate = gate
         self._operations = operations
+        self._on_change = on_change
         self._pending: dict[str, Pending] = {}
 
     def __len__(self) -> int:
@@ -58,6 +66,7 @@ class Making:
             def on_over() -> None:
                 self._pending.pop(name, None)
                 self._gate.leave(name)
+                self._on_change(name)
 
             operation = await self._operations.start(action, name, work, on_over=on_over)
         except BaseException:
@@ -65,12 +74,14 @@ class Making:
             raise
         pending = Pending(replace(view, operation=operation.id), operation.id)
         self._pending[name] = pending
+        self._on_change(name)
         return Accepted(self._view(pending), operation)
 
     def change(self, name: str, view: VmView) -> None:
         """Show more of a VM that is being made: what its image says."""
         if (pending := self._pending.get(name)) is not None:
             pending.view = replace(view, operation=pending.operation_id)
+            self._on_change(name)
 
     def list_views(self, location_name: str | None) -> list[VmView]:
         """The VMs being made, of one location or of all."""

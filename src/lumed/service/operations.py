@@ -58,9 +58,16 @@ class RunningOperation:
 class Operations:
     """All operations of this home, the running ones and the latest that are over."""
 
-    def __init__(self, directory: Path, tasks: TaskOwner) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tasks: TaskOwner,
+        on_change: Callable[[Operation], None] = lambda _: None,
+    ) -> None:
+        """on_change is told each operation that begins, goes on or is over."""
         self._directory = directory
         self._owner = tasks
+        self._on_change = on_change
         self._known: dict[str, Operation] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._failures: dict[str, LumedError] = {}
@@ -108,6 +115,7 @@ class Operations:
         """Replace some facts of an operation."""
         operation = replace(self._known[operation_id], **changes)
         self._known[operation_id] = operation
+        self._on_change(operation)
         return operation
 
     async def start(
@@ -139,6 +147,7 @@ class Operations:
         carried_out = self._carry_out(handle, work, work_done)
         task = self._owner.create_task(carried_out, f"{action} {target}")
         self._tasks[operation.id] = task
+        self._on_change(operation)
 
         def settle(_: asyncio.Task[None]) -> None:
             self._tasks.pop(operation.id, None)

@@ -99,12 +99,15 @@ class Power:
         tasks: TaskOwner,
         accelerator_name: Callable[[Architecture], Awaitable[str]],
         rescue: Callable[[RunningOperation], Awaitable[RescueSystem]],
+        on_change: Callable[[str], None],
     ) -> None:
+        """on_change is told the name of a VM whose machine has changed, come or gone."""
         self._home = home
         self._driver = driver
         self._tasks = tasks
         self._accelerator_name = accelerator_name
         self._rescue = rescue
+        self._on_change = on_change
         self._share_support: ShareSupport | None = None
         self.live: dict[Path, LiveMachine] = {}
 
@@ -154,8 +157,18 @@ class Power:
             problems=plan.problems,
         )
         live = LiveMachine(stored.vm_dir, record)
-        self.live[stored.vm_dir.path] = live
+        self.hold(live)
         return live
+
+    def hold(self, live: LiveMachine) -> None:
+        """Count a machine as there, until it is let go of."""
+        live.on_change = partial(self._on_change, live.vm_dir.name)
+        self.live[live.vm_dir.path] = live
+        live.on_change()
+
+    def _forget(self, live: LiveMachine) -> None:
+        self.live.pop(live.vm_dir.path, None)
+        live.on_change()
 
     async def start(
         self, live: LiveMachine, config: VmConfig, plan: RunPlan, operation: RunningOperation
@@ -189,13 +202,13 @@ class Power:
     def forget_unstarted(self, live: LiveMachine) -> None:
         """Drop a claim that never became a machine."""
         if live.process is None:
-            self.live.pop(live.vm_dir.path, None)
+            self._forget(live)
 
     def watch(self, live: LiveMachine) -> None:
         """Follow a machine to its end, as a task of the engine."""
 
         def forget(ended: LiveMachine) -> None:
-            self.live.pop(ended.vm_dir.path, None)
+            self._forget(ended)
             if ended.record.network.startswith(NetworkKind.BRIDGED):
                 self._tasks.create_task(sweep_networks(), "sweep networks")
 
@@ -339,6 +352,7 @@ class Power:
         with contextlib.suppress(NoSpace):
             await live.save(stop_requested=True)
         live.record = replace(live.record, stop_requested=True)
+        live.on_change()
         live.stop_asking()
         for step in self._ladder(live, force=force):
             live.stop_step = step.name

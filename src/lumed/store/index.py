@@ -88,6 +88,11 @@ class VmIndex:
                 return stored
         return None
 
+    def find_all(self, name: str) -> list[StoredVm]:
+        """The VMs of that name, in whatever locations."""
+        found = (self.find(name, place) for place, _ in self.locations.every())
+        return [vm for vm in found if vm is not None]
+
     def get(self, name: str, location: str | None = None) -> StoredVm:
         """`find`, raising NotFound that says where else the name exists."""
         stored = self.find(name, location)

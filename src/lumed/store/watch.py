@@ -7,23 +7,26 @@ event before the change returns. Nothing here waits or wakes anybody; events are
 
 from __future__ import annotations
 
-import ctypes
-import os
-import struct
-import weakref
+from lumed.store.inotify import (
+    IN_CLOSE_WRITE,
+    IN_CREATE,
+    IN_DELETE,
+    IN_DELETE_SELF,
+    IN_DONT_FOLLOW,
+    IN_IGNORED,
+    IN_MOVE_SELF,
+    IN_MOVED_FROM,
+    IN_MOVED_TO,
+    IN_ONLYDIR,
+    IN_Q_OVERFLOW,
+    Inotify,
+)
 
-# linux/inotify.h. A file that is written in place is told of when it is closed.
-_IN_CLOSE_WRITE = 0x8
-_IN_MOVED_FROM, _IN_MOVED_TO, _IN_MOVE_SELF = 0x40, 0x80, 0x800
-_IN_CREATE, _IN_DELETE, _IN_DELETE_SELF = 0x100, 0x200, 0x400
-_IN_Q_OVERFLOW, _IN_IGNORED = 0x4000, 0x8000
-_IN_ONLYDIR, _IN_DONT_FOLLOW = 0x1000000, 0x2000000
-_GONE = _IN_MOVE_SELF | _IN_DELETE_SELF | _IN_IGNORED
-_CHANGES = _IN_CLOSE_WRITE | _IN_MOVED_FROM | _IN_MOVED_TO | _IN_CREATE | _IN_DELETE
-_CHANGES |= _IN_MOVE_SELF | _IN_DELETE_SELF
-_EVENT = struct.Struct("iIII")  # wd, mask, cookie, length of the name that follows
-
-_libc = ctypes.CDLL(None, use_errno=True)
+_GONE = IN_MOVE_SELF | IN_DELETE_SELF | IN_IGNORED
+CHANGES = (
+    IN_CLOSE_WRITE | IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
+    | IN_MOVE_SELF | IN_DELETE_SELF | IN_ONLYDIR | IN_DONT_FOLLOW
+)  # fmt: skip
 
 
 class FolderWatch:
@@ -36,14 +39,11 @@ class FolderWatch:
     def __init__(self) -> None:
         self._watches: dict[int, str] = {}
         self._untouched: set[str] = set()
-        self._fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd >= 0:
-            weakref.finalize(self, os.close, self._fd)
+        self._inotify = Inotify()
 
     def add(self, folder: str) -> None:
         """Count the folder as untouched from now on, until a name or a file in it changes."""
-        mask = _CHANGES | _IN_ONLYDIR | _IN_DONT_FOLLOW
-        watch: int = _libc.inotify_add_watch(self._fd, os.fsencode(folder), mask)
+        watch = self._inotify.add(folder, CHANGES)
         if watch < 0:
             return
         # The same number if the kernel watched it already, perhaps under an older name.
@@ -56,21 +56,11 @@ class FolderWatch:
 
     def update(self) -> None:
         """Take in what has changed until now."""
-        while True:
-            try:
-                events = os.read(self._fd, 1 << 16) if self._fd >= 0 else b""
-            except BlockingIOError:
-                return
-            offset = 0
-            while offset < len(events):
-                watch, mask, _, length = _EVENT.unpack_from(events, offset)
-                offset += _EVENT.size + length
-                self._take_in(watch, mask)
-            if not events:
-                return
+        for watch, mask in self._inotify.read():
+            self._take_in(watch, mask)
 
     def _take_in(self, watch: int, mask: int) -> None:
-        if mask & _IN_Q_OVERFLOW:
+        if mask & IN_Q_OVERFLOW:
             self._untouched.clear()
             return
         folder = self._watches.get(watch)
@@ -80,5 +70,5 @@ class FolderWatch:
         if mask & _GONE:
             # Its name may belong to another folder from now on.
             del self._watches[watch]
-            if not mask & _IN_IGNORED:
-                _libc.inotify_rm_watch(self._fd, watch)
+            if not mask & IN_IGNORED:
+                self._inotify.remove(watch)
