@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from typing import Any, cast
@@ -227,6 +228,15 @@ def test_the_stream_is_documented() -> None:
     assert list(operation["responses"]["200"]["content"]) == ["text/event-stream"]
     names = {parameter["name"] for parameter in operation["parameters"]}
     assert names == {"vm", "last-event-id", "lastEventId"}
+
+
+def test_each_operation_has_a_short_id_of_its_own() -> None:
+    paths = document["paths"].values()
+    ids = [operation["operationId"] for path in paths for operation in path.values()]
+    assert len(set(ids)) == len(ids)
+    assert {"list_vms", "create_vm", "get_vm", "update_vm", "run_vm", "stop_vm"} <= set(ids)
+    # As a generator of clients names its methods: a verb, and what it is done to.
+    assert all(re.fullmatch(r"[a-z]+(_[a-z]+){1,3}", id) for id in ids), ids
 
 
 @pytest.mark.parametrize("name", DOCUMENT)

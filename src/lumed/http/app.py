@@ -61,6 +61,8 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
         responses=_FAILURES,
+        # The handlers' names: list_vms, run_vm, …; aliases say theirs.
+        generate_unique_id_function=lambda route: route.name,
         # A request with a body and no content type is read as JSON (contract, section 4); the
         # guard has refused those that a web page could send.
         strict_content_type=False,

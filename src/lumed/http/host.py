@@ -29,11 +29,11 @@ def host_routes(engine: Engine) -> APIRouter:
     router = APIRouter(prefix="/lume", tags=["host"])
 
     @router.get("/host/status", response_model=HostObject, summary="The host in numbers")
-    async def host_status() -> Response:
+    async def get_host_status() -> Response:
         return json_response(host_object(await engine.host_status()))
 
     @router.get("/logs", response_model=LogsObject, summary="The server's own logs")
-    async def logs(
+    async def get_logs(
         type: Literal["info", "error", "all"] = "all",
         lines: Annotated[int | None, Query(ge=1, le=100_000)] = None,
     ) -> Response:

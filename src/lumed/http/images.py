@@ -28,7 +28,11 @@ def pull_routes(engine: Engine) -> APIRouter:
         "/images/pull", response_model=VmReply, status_code=202, summary="Pull an image into a VM"
     )
     @router.post(
-        "/pull/start", response_model=VmReply, status_code=202, summary="Pull an image into a VM"
+        "/pull/start",
+        response_model=VmReply,
+        status_code=202,
+        operation_id="start_pull_as_today",
+        summary="Pull an image into a VM",
     )
     async def start_pull(body: PullBody) -> Response:
         accepted = await engine.pull_vm(body.to_request())
@@ -36,7 +40,7 @@ def pull_routes(engine: Engine) -> APIRouter:
         return json_response(shape, 202)
 
     @router.post("/pull", response_model=MessageReply, summary="Pull an image and wait for the VM")
-    async def pull(body: PullBody) -> Response:
+    async def pull_vm(body: PullBody) -> Response:
         accepted = await engine.pull_vm(body.to_request())
         # A client that hangs up ends this wait, and nothing else.
         await engine.finish_operation(accepted.operation.id)
@@ -58,7 +62,7 @@ def push_routes(engine: Engine) -> APIRouter:
     @router.post(
         "/push", response_model=PushReply, status_code=202, summary="Push a stopped VM as an image"
     )
-    async def push(body: PushBody) -> Response:
+    async def push_vm(body: PushBody) -> Response:
         operation = await engine.push_vm(body.to_request())
         return json_response(
             {
@@ -93,7 +97,7 @@ def image_routes(engine: Engine) -> APIRouter:
         status_code=202,
         summary="Build a guest image from Debian's packages",
     )
-    async def build(body: BuildBody) -> Response:
+    async def build_image(body: BuildBody) -> Response:
         operation = await engine.build_image(body.to_request())
         return json_response({"message": "Build started", **operation_object(operation)}, 202)
 
@@ -107,14 +111,14 @@ def image_routes(engine: Engine) -> APIRouter:
         return json_response({"message": "Image deleted successfully", **image_object(image)})
 
     @router.get("/ipsw", response_model=MessageReply, summary="Not on this host: 501")
-    async def ipsw() -> Response:
+    async def get_ipsw() -> Response:
         raise NotPossibleHere(
             "An IPSW installs macOS, which needs Apple hardware and Apple's framework",
             hint="for Linux guests, GET /lume/images and the names of the catalog",
         )
 
     @router.post("/prune", response_model=PruneReply, summary="Remove the images nobody needs")
-    async def prune(body: PruneBody | None = None, dryRun: bool = False) -> Response:  # noqa: N803
+    async def prune_images(body: PruneBody | None = None, dryRun: bool = False) -> Response:  # noqa: N803
         dry_run = dryRun or bool(body and body.dry_run)
         pruned = await engine.prune_images(dry_run=dry_run)
         would = "Would remove cached images" if dry_run else "Successfully removed cached images"

@@ -47,9 +47,17 @@ def vm_routes(engine: Engine) -> APIRouter:
         return json_response(vm_object(await engine.get_vm(_name(name), storage or None)))
 
     @router.put("/{name}", response_model=VmReply, summary="Update a stopped virtual machine")
-    @router.patch("/{name}", response_model=VmReply, summary="Update a stopped virtual machine")
+    @router.patch(
+        "/{name}",
+        response_model=VmReply,
+        operation_id="update_vm_by_patch",
+        summary="Update a stopped virtual machine",
+    )
     @router.post(
-        "/{name}/update", response_model=VmReply, summary="Update a stopped virtual machine"
+        "/{name}/update",
+        response_model=VmReply,
+        operation_id="update_vm_by_post",
+        summary="Update a stopped virtual machine",
     )
     async def update_vm(name: Name, body: UpdateBody, storage: Storage = None) -> Response:
         request = body.to_request()
@@ -84,12 +92,12 @@ def vm_routes(engine: Engine) -> APIRouter:
         responses={200: {"content": {"image/png": {}}, "description": "The screen as PNG"}},
         summary="Take a picture of a running virtual machine's screen",
     )
-    async def screenshot(name: Name, storage: Storage = None) -> Response:
+    async def take_screenshot(name: Name, storage: Storage = None) -> Response:
         picture = await engine.take_screenshot(_name(name), storage or None)
         return Response(picture, media_type="image/png")
 
     @router.post("/{name}/setup", response_model=MessageReply, summary="Not on this host: 501")
-    async def setup(name: Name) -> Response:
+    async def setup_vm(name: Name) -> Response:
         await engine.get_vm(_name(name))
         raise NotPossibleHere(
             "The setup assistant is macOS's, which needs Apple hardware and Apple's framework",
