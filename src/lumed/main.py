@@ -9,17 +9,18 @@ import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumed import __version__
 from lumed.claim import RunLock, find_holder, take_lock
-from lumed.cli.app import Commands, build_cli
+from lumed.cli.app import Commands, ServeOptions, build_cli
 from lumed.cli.doctor import print_checks
 from lumed.cli.output import say
 from lumed.client.discover import find_home
-from lumed.errors import Conflict, LumedError
+from lumed.errors import Conflict, InvalidField, LumedError
 from lumed.files import read_json_object, write_json
 from lumed.log import EventLog, start_logging
 from lumed.model.host import Check
@@ -30,6 +31,9 @@ from lumed.store.layout import Home
 from lumed.units import GIB, describe_size
 
 if TYPE_CHECKING:
+    import ssl
+
+    from lumed.http.listen import Address
     from lumed.model.host import Accelerator
 
 _log = EventLog("server")
@@ -99,19 +103,55 @@ def _finder(home: Home, settings: Settings) -> Callable[[Architecture], Awaitabl
     return find
 
 
-def _serve(host: str, port: int, socket: Path | None, given_home: Path | None) -> int:
+def _serve(options: ServeOptions) -> int:
     _start_faster()
-    home, named = find_home(given_home)
+    home, named = find_home(options.home)
     settings = read_settings(settings_path(home.root, named=named))
     home.prepare()
     lock = _take_server_lock(home)
     try:
-        socket_path = home.socket if socket is None else socket.expanduser().absolute()
+        access = _find_access(home, options)
         with start_logging(home.logs, os.environ.get("LUME_LOG_LEVEL", "info")):
-            asyncio.run(_run_server(home, settings, host, port, socket_path))
+            asyncio.run(_run_server(home, settings, options, access))
     finally:
         lock.close()
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """Who can reach the TCP ports, and what they are asked for there."""
+
+    address: Address
+    token: str | None
+    tls: ssl.SSLContext | None
+
+
+def _find_access(home: Home, options: ServeOptions) -> _Access:
+    """All that can be wrong with it, before anything is bound. Raises InvalidField."""
+    from lumed.http.listen import find_address
+    from lumed.http.tls import read_tls
+    from lumed.http.token import find_token, make_token, read_token
+
+    address = find_address(options.host)
+    tls = None
+    if options.tls_cert is not None and options.tls_key is not None:
+        tls = read_tls(options.tls_cert.expanduser(), options.tls_key.expanduser())
+    if options.new_token:
+        token: str | None = make_token(home.token)
+        said = f"lume: the new token is {token}\n  it is kept in {home.token}, for later starts too"
+        print(said, file=sys.stderr, flush=True)  # noqa: T201
+    elif options.token_file is not None:
+        token = read_token(options.token_file.expanduser())
+    else:
+        token = find_token(home.token)
+    if token is None and not address.is_loopback:
+        raise InvalidField(
+            f"--host {options.host} can be reached from other machines: it needs a token",
+            hint="make one with --new-token, or name one's file with --token-file",
+            fields={"host": "needs a token"},
+        )
+    return _Access(address, token, tls)
 
 
 def _start_faster() -> None:
@@ -146,51 +186,67 @@ def _somebody_serves(home: Home) -> Conflict:
 
 
 async def _run_server(
-    home: Home, settings: Settings, host: str, port: int, socket_path: Path
+    home: Home, settings: Settings, options: ServeOptions, access: _Access
 ) -> None:
     # Imported here: `lume doctor` and --help have no use for a web framework.
     from lumed.http.app import build_app
-    from lumed.http.serve import bind_listeners, serve
+    from lumed.http.guard import Guard, Rules
+    from lumed.http.listen import bind_listeners, url_of
+    from lumed.http.serve import Listener, serve
     from lumed.images.local import ImageCache
     from lumed.images.tiny import builtin_tiny
     from lumed.machine.qemu.driver import QemuDriver
     from lumed.service.local import start_engine
 
+    socket_path = home.socket if options.socket is None else options.socket.expanduser().absolute()
     find = _finder(home, settings)
     cache = Path(settings.cache_directory) if settings.cache_directory else home.cache
     images = ImageCache(cache / "images", {"tiny": builtin_tiny()})
     async with start_engine(home, settings, QemuDriver(get_qemu, find), images, find) as engine:
-        listeners = bind_listeners(host, port, socket_path)
-        if not listeners.is_loopback:
-            _log.warning(
-                "the API is open to the network, without authentication", url=listeners.url
-            )
+        bound = bind_listeners(access.address, options.port, options.compat_port, socket_path)
         try:
             ending = asyncio.Event()
-            app = build_app(engine, frozenset({host}), ending)
-            announce = partial(_announce, home, listeners.url, socket_path)
-            await serve(app, listeners, announce, ending)
+            app = build_app(engine, ending)
+            rules = Rules(frozenset({options.host, access.address.ip}), access.token)
+            url = url_of(bound.tcp, tls=access.tls is not None)
+            listeners = [
+                Listener(bound.tcp, Guard(app, rules), access.tls),
+                Listener(bound.unix, Guard(app)),
+            ]
+            compat_url = None
+            if bound.compat is not None:
+                compat_url = url_of(bound.compat, tls=access.tls is not None)
+                guard = Guard(app, replace(rules, compat=True))
+                listeners.append(Listener(bound.compat, guard, access.tls))
+            if not access.address.is_loopback and access.tls is None:
+                _log.warning("no TLS: the token travels in clear", url=url)
+            announce = partial(_announce, home, url, compat_url, socket_path)
+            await serve(listeners, announce, ending)
         finally:
             home.server_json.unlink(missing_ok=True)
-            listeners.close()
+            bound.close()
     _log.info("server ended", pid=os.getpid())
 
 
-def _announce(home: Home, url: str, socket_path: Path) -> None:
+def _announce(home: Home, url: str, compat_url: str | None, socket_path: Path) -> None:
     me = find_process(os.getpid())
+    where = {"url": url, "socket": str(socket_path)}
+    said = url
+    if compat_url is not None:
+        where["compatUrl"] = compat_url
+        said = f"{url} and for Lume's own clients on {compat_url}"
     write_json(
         home.server_json,
         {
-            "url": url,
-            "socket": str(socket_path),
+            **where,
             "pid": os.getpid(),
             "startTicks": me.start_ticks if me else 0,
             "version": __version__,
         },
         durable=False,
     )
-    _log.info("server ready", url=url, socket=socket_path, home=home.root)
-    print(f"lumed {__version__} listens on {url} (home {home.root})", flush=True)  # noqa: T201
+    _log.info("server ready", home=home.root, **where)
+    print(f"lumed {__version__} listens on {said} (home {home.root})", flush=True)  # noqa: T201
 
 
 def _doctor(given_home: Path | None) -> int:

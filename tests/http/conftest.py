@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 from blockbuster import blockbuster_ctx
+from fastapi import FastAPI
 
 from lumed.http.app import build_app
-from lumed.http.guard import Guard
+from lumed.http.guard import Guard, Rules
 from lumed.images.local import BuiltImage, Builtin, ImageCache
 from lumed.model.host import Accelerator
 from lumed.model.vm import Architecture
@@ -100,9 +101,12 @@ def end_machines(driver: FakeDriver) -> None:
             send_signal(machine.process, signal.SIGKILL)
 
 
-def connect(app: Guard) -> Client:
-    """A client of an application."""
-    return Client(transport=httpx.ASGITransport(app=app), base_url="http://localhost:7777")
+def connect(
+    app: FastAPI, rules: Rules | None = None, *, url: str = "http://localhost:7777"
+) -> Client:
+    """A client of an application, as a listener with these rules has it."""
+    guard = Guard(app, rules or Rules())
+    return Client(transport=httpx.ASGITransport(app=guard), base_url=url)
 
 
 @pytest.fixture

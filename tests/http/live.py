@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import uvicorn
 
 from lumed.http.app import build_app
+from lumed.http.guard import Guard
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
 from tests.http.conftest import end_machines, start_fake_engine
@@ -32,7 +33,8 @@ def serve_fake_engine(home: Home, driver: FakeDriver) -> Iterator[str]:
     async def serve() -> None:
         nonlocal server
         async with start_fake_engine(home, driver) as engine:
-            config = uvicorn.Config(build_app(engine), port=0, log_config=None, lifespan="off")
+            app = Guard(build_app(engine))
+            config = uvicorn.Config(app, port=0, log_config=None, lifespan="off")
             server = Announcing(config)
             await server.serve()
         end_machines(driver)

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 
 from lumed.files import write_atomic
 from lumed.http.app import build_app
-from lumed.http.guard import Guard
 from lumed.service.local import LocalEngine
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
@@ -30,12 +30,12 @@ def ending() -> asyncio.Event:
 
 
 @pytest.fixture
-def app(engine: LocalEngine, ending: asyncio.Event) -> Guard:
+def app(engine: LocalEngine, ending: asyncio.Event) -> FastAPI:
     return build_app(engine, ending=ending)
 
 
 @pytest.fixture
-async def client(app: Guard) -> AsyncIterator[Client]:
+async def client(app: FastAPI) -> AsyncIterator[Client]:
     async with connect(app) as client:
         yield client
 
@@ -52,7 +52,7 @@ async def states_until(reader: Reader, last: str, first: str = "", name: str = "
 
 
 async def test_a_stream_begins_with_a_reset_and_has_what_the_looks_have(
-    app: Guard, client: Client
+    app: FastAPI, client: Client
 ) -> None:
     await create(client, "old")
     async with reading(app, EVENTS) as reader:
@@ -69,7 +69,7 @@ async def test_a_stream_begins_with_a_reset_and_has_what_the_looks_have(
 
 
 async def test_the_life_of_a_vm_is_told_in_states_that_it_had(
-    app: Guard, client: Client, driver: FakeDriver
+    app: FastAPI, client: Client, driver: FakeDriver
 ) -> None:
     async with reading(app, EVENTS) as reader:
         await create(client, "web", image="tiny")
@@ -91,7 +91,7 @@ async def test_the_life_of_a_vm_is_told_in_states_that_it_had(
 
 
 async def test_a_start_that_fails_is_told_as_crashed_never_as_stopped(
-    app: Guard, client: Client, driver: FakeDriver
+    app: FastAPI, client: Client, driver: FakeDriver
 ) -> None:
     await create(client, "web", image="tiny")
     driver.failure = "no such luck"
@@ -102,7 +102,7 @@ async def test_a_start_that_fails_is_told_as_crashed_never_as_stopped(
 
 
 async def test_operations_are_told_from_begin_to_end(
-    app: Guard, client: Client, driver: FakeDriver
+    app: FastAPI, client: Client, driver: FakeDriver
 ) -> None:
     async with reading(app, EVENTS) as reader:
         reply = await client.post(
@@ -119,7 +119,7 @@ async def test_operations_are_told_from_begin_to_end(
         assert told[-1].data == (await client.get(f"/lume/operations/{operation}")).json()
 
 
-async def test_a_watcher_of_one_vm_hears_of_no_other(app: Guard, client: Client) -> None:
+async def test_a_watcher_of_one_vm_hears_of_no_other(app: FastAPI, client: Client) -> None:
     async with reading(app, f"{EVENTS}?vm=web") as reader:
         await create(client, "other", image="tiny")
         await create(client, "web", image="tiny")
@@ -129,7 +129,7 @@ async def test_a_watcher_of_one_vm_hears_of_no_other(app: Guard, client: Client)
     assert (reply.status_code, list(reply.json()["fields"])) == (422, ["vm"])
 
 
-async def test_who_returns_hears_what_was_missed(app: Guard, client: Client) -> None:
+async def test_who_returns_hears_what_was_missed(app: FastAPI, client: Client) -> None:
     async with reading(app, EVENTS) as reader:
         await create(client, "web", image="tiny")
         last = await reader.next_vm("web", state="stopped")
@@ -145,13 +145,13 @@ async def test_who_returns_hears_what_was_missed(app: Guard, client: Client) -> 
 
 
 @pytest.mark.parametrize("last", ["00000000-1", "nonsense", "-", "1-1-1", "é"])
-async def test_an_id_of_another_server_means_to_list_anew(app: Guard, last: str) -> None:
+async def test_an_id_of_another_server_means_to_list_anew(app: FastAPI, last: str) -> None:
     async with reading(app, EVENTS, {"Last-Event-ID": last}) as reader:
         assert (await reader.next()).data == {"reason": "restarted"}
 
 
 async def test_another_server_run_has_other_ids(
-    app: Guard, client: Client, engine: LocalEngine, home: Home
+    app: FastAPI, client: Client, engine: LocalEngine, home: Home
 ) -> None:
     async with reading(app, EVENTS) as reader:
         await create(client, "web", image="tiny")
@@ -164,7 +164,7 @@ async def test_another_server_run_has_other_ids(
 
 
 async def test_a_reader_that_stands_still_is_told_to_list_anew(
-    app: Guard, client: Client, monkeypatch: pytest.MonkeyPatch, engine: LocalEngine
+    app: FastAPI, client: Client, monkeypatch: pytest.MonkeyPatch, engine: LocalEngine
 ) -> None:
     monkeypatch.setattr(engine._observer._notices, "_size", 20)
     await create(client, "web", image="tiny")
@@ -182,7 +182,7 @@ async def test_a_reader_that_stands_still_is_told_to_list_anew(
         await slow.next_vm("web", cpu=1)
 
 
-async def test_what_others_do_to_a_folder_is_told(app: Guard, client: Client, home: Home) -> None:
+async def test_what_others_do_to_a_folder_is_told(app: FastAPI, client: Client, home: Home) -> None:
     await create(client, "web", image="tiny")
     folder = home.location("home") / "web"
     async with reading(app, EVENTS) as reader:
@@ -206,7 +206,7 @@ async def test_what_others_do_to_a_folder_is_told(app: Guard, client: Client, ho
 
 
 async def test_64_watchers_hear_of_a_machines_end_at_once(
-    app: Guard, client: Client, driver: FakeDriver
+    app: FastAPI, client: Client, driver: FakeDriver
 ) -> None:
     await create(client, "web", image="tiny")
     async with contextlib.AsyncExitStack() as stack:
@@ -219,7 +219,7 @@ async def test_64_watchers_hear_of_a_machines_end_at_once(
         assert time.monotonic() - started < 1
 
 
-async def test_streams_end_with_the_server(app: Guard, ending: asyncio.Event) -> None:
+async def test_streams_end_with_the_server(app: FastAPI, ending: asyncio.Event) -> None:
     async with reading(app, EVENTS) as reader, reading(app, EVENTS) as stuck:
         await reader.next()
         await stuck.next()
@@ -228,7 +228,7 @@ async def test_streams_end_with_the_server(app: Guard, ending: asyncio.Event) ->
         await stuck.wait_for(lambda: stuck.is_over)
 
 
-async def test_nothing_is_left_of_watchers_that_have_gone(app: Guard, client: Client) -> None:
+async def test_nothing_is_left_of_watchers_that_have_gone(app: FastAPI, client: Client) -> None:
     def count_descriptors() -> int:
         return len(list(Path("/proc/self/fd").iterdir()))
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 
 import httpx2 as httpx
 import pytest
 
 from lumed.http.app import build_app
+from lumed.http.guard import Rules
 from lumed.service.local import LocalEngine
-from tests.http.conftest import Client
+from tests.http.conftest import Client, connect
 
 SMALL = {"name": "web", "os": "linux", "cpu": 1, "memory": "64MB", "diskSize": "64MB"}
 VMS = "/lume/vms"
@@ -87,9 +89,9 @@ async def test_loopback_names_are_ours_at_any_port(client: Client, host: str) ->
 async def test_a_server_on_all_addresses_is_reached_by_any_address_and_no_other_name(
     engine: LocalEngine,
 ) -> None:
-    transport = httpx.ASGITransport(app=build_app(engine, frozenset({"0.0.0.0"})))  # noqa: S104
-    async with Client(transport=transport, base_url="http://192.0.2.7:7777") as client:
-        for host in ("192.0.2.7:7777", "[2001:db8::1]:7777", "localhost"):
+    rules = Rules(frozenset({"0.0.0.0"}))  # noqa: S104
+    async with connect(build_app(engine), rules, url="http://192.0.2.7:7777") as client:
+        for host in ("192.0.2.7:7777", "[2001:db8::1]:7777", "localhost", socket.gethostname()):
             assert (await client.get(VMS, headers={"host": host})).status_code == 200
         assert_refused(await client.get(VMS, headers={"host": "evil.example:7777"}), 403)
 

@@ -65,7 +65,7 @@ class Server:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 20)
         self.said = self.process.stdout.readline() if ready else ""
-        match = re.search(r"listens on (http://\S+)", self.said)
+        match = re.search(r"listens on (https?://\S+)", self.said)
         if match is None:
             # Its status comes a moment after the end of what it says.
             with contextlib.suppress(subprocess.TimeoutExpired):

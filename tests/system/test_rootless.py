@@ -110,6 +110,15 @@ def test_the_main_path_works_without_root(
     assert (share / "reply").read_text() == "guest\n"
     assert (share / "reply").stat().st_uid == user.pw_uid
 
+    # Its unix socket is for its own user, and for root.
+    as_user = ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--init-groups"]
+    ask = ["curl", "-sf", "--unix-socket", str(rootless.home / "run/lume.sock")]
+    for command in ([*as_user, *ask], ask):
+        said = subprocess.run(
+            [*command, "http://localhost/lume/vms"], capture_output=True, check=True
+        )
+        assert b'"name":"web"' in said.stdout
+
     pid = rootless.machine_pid("web")
     rootless.kill()
     rootless.start()

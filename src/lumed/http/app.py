@@ -1,4 +1,4 @@
-"""The ASGI application: routes over an engine, behind the guard."""
+"""The ASGI application: routes over an engine. What answers a listener is a guard over it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lumed import __version__
 from lumed.engine import Engine
 from lumed.http.errors import install_error_handlers
 from lumed.http.events import event_routes
-from lumed.http.guard import Guard
 from lumed.http.host import config_routes, host_routes, operation_routes
 from lumed.http.images import image_routes, pull_routes, push_routes
-from lumed.http.replies import ErrorObject
+from lumed.http.replies import DiskObject, ErrorObject
+from lumed.http.shapes import speaks_compat
 from lumed.http.vms import vm_routes
+from lumed.units import GIB
 
 # One status names the model and the rest refer to it: FastAPI builds a validator for each model
 # of each route, which cost the first request 40 ms.
@@ -27,6 +28,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     | ({"model": ErrorObject} if status == 500 else {"content": _ERROR_CONTENT})
     for status, description in {
         400: "The body is no JSON object",
+        401: "The token that this server wants is missing or wrong",
         403: "Refused: foreign Host or Origin",
         404: "No such VM, operation or route",
         409: "It exists, is in the wrong state, or is busy",
@@ -43,17 +45,22 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(
-    engine: Engine,
-    hosts: frozenset[str] = frozenset(),
-    ending: asyncio.Event | None = None,
-) -> Guard:
-    """The application; hosts are the names, beside loopback's, that `Host` may hold.
+class _App(FastAPI):
+    """FastAPI whose OpenAPI document is that of the listener which is asked for it."""
+
+    def openapi(self) -> dict[str, Any]:
+        """See FastAPI."""
+        document = super().openapi()
+        return _in_compat_words(document) if speaks_compat.get() else document
+
+
+def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
+    """The application. Nothing but a Guard may stand between it and the world.
 
     ending is set when the server begins to end: whatever waits then has its answer at once.
     """
     ending = ending or asyncio.Event()
-    app = FastAPI(
+    app = _App(
         title="lumed",
         version=__version__,
         description="The Lume API for Linux hosts.",
@@ -80,4 +87,20 @@ def build_app(
         event_routes(engine, ending),
     ):
         app.include_router(router)
-    return Guard(app, hosts)
+    return app
+
+
+def _in_compat_words(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with `diskSize` in answers as the compat listener gives it."""
+    disk_size = {"$ref": f"#/components/schemas/{DiskObject.__name__}"}
+    schemas = dict(document["components"]["schemas"])
+    for name, schema in schemas.items():
+        properties = schema.get("properties", {})
+        if not {"disk", "diskSize"} <= properties.keys():
+            continue
+        schemas[name] = {**schema, "properties": {**properties, "diskSize": disk_size}}
+        schemas[name]["examples"] = [
+            {**example, "diskSize": {"allocated": 8 * GIB, "total": 64 * GIB}}
+            for example in schema.get("examples", ())
+        ]
+    return {**document, "components": {**document["components"], "schemas": schemas}}

@@ -3,24 +3,28 @@
 The API listens on loopback, where every web page in a browser on this host can send requests
 too. Such requests carry a foreign `Host` (DNS rebinding), an `Origin`, or a content type other
 than JSON, which a page may send without asking first; all are refused before anything happens.
+
+Each listener has a guard of its own over the one application: it knows what is asked for there
+(a token, on TCP) and in which words it is answered (`diskSize`, contract, section 3).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ipaddress
 import re
 import socket
-from typing import Any
+from dataclasses import dataclass
 from urllib.parse import unquote
 
-from fastapi import FastAPI
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumed.http.errors import error_body
+from lumed.http.shapes import speaks_compat
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
 _TOO_LARGE = f"The request body is larger than {MAX_BODY_BYTES // (1024 * 1024)} MB"
@@ -36,25 +40,39 @@ _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _ALIASES = frozenset({"vms", "images"})
 
 
-class Guard:
-    """ASGI middleware; hosts are the names, beside loopback's, that `Host` may hold."""
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """One listener's: hosts are the names, beside loopback's, that `Host` may hold."""
 
-    def __init__(self, app: FastAPI, hosts: frozenset[str] = frozenset()) -> None:
+    hosts: frozenset[str] = frozenset()
+    token: str | None = None
+    compat: bool = False
+
+
+class Guard:
+    """ASGI middleware for one listener."""
+
+    def __init__(self, app: ASGIApp, rules: Rules = Rules()) -> None:
         self._app = app
-        self._hosts = _LOOPBACK_NAMES | {host.lower() for host in hosts}
+        self._token = None if rules.token is None else rules.token.encode()
+        self._compat = rules.compat
+        self._hosts = _LOOPBACK_NAMES | {host.lower() for host in rules.hosts}
         self._any_address = not self._hosts.isdisjoint(_WILDCARDS)
         if self._any_address:
-            self._hosts |= {socket.gethostname().lower()}
+            name = socket.gethostname().lower()
+            self._hosts |= {name, name.partition(".")[0]}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See the ASGI specification."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._check(Headers(scope=scope), scope["method"])
+        refusal = self._check(Headers(scope=scope), scope["method"], scope["scheme"])
         if refusal is not None:
             await refusal(scope, receive, send)
             return
+        # Every request is a task of its own, and so has its own.
+        speaks_compat.set(self._compat)
         try:
             await self._app(_normalised(scope), _LimitedBody(receive), send)
         except asyncio.CancelledError:
@@ -64,11 +82,7 @@ class Guard:
                 scope, receive, send
             )
 
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, as /openapi.json serves it."""
-        return self._app.openapi()
-
-    def _check(self, headers: Headers, method: str) -> JSONResponse | None:
+    def _check(self, headers: Headers, method: str, scheme: str) -> JSONResponse | None:
         host = headers.get("host", "")
         if not self._is_ours(host):
             return _refused(
@@ -77,8 +91,10 @@ class Guard:
                 hint="use the address that `lume serve` printed, or start it with --host",
             )
         origin = headers.get("origin")
-        if origin is not None and origin != f"http://{host}":
+        if origin is not None and origin != f"{scheme}://{host}":
             return _refused(f"Requests from the web page {origin!r:.100} are refused", 403)
+        if self._token is not None and not _has_token(headers, self._token):
+            return _unauthorized(headers)
         if method not in _WRITES:
             return None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -136,6 +152,30 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _has_token(headers: Headers, token: bytes) -> bool:
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    # Takes as long for a token that is nearly right.
+    same = hmac.compare_digest(given.strip().encode("latin-1"), token)
+    return same and scheme.lower() == "bearer"
+
+
+def _unauthorized(headers: Headers) -> JSONResponse:
+    message = "The token is wrong" if "authorization" in headers else "A token is needed"
+    hint = "send the server's: -H 'Authorization: Bearer TOKEN'; or use its unix socket"
+    return JSONResponse(
+        error_body(message, "unauthorized", hint), 401, headers={"WWW-Authenticate": "Bearer"}
+    )
+
+
+def refuse_user(uid: int) -> ASGIApp:
+    """An application for a user who may not use the unix socket."""
+    return _refused(
+        f"The user with uid {uid} may not use this socket",
+        403,
+        hint="the socket is for the server's own user and root; others use the TCP port",
+    )
 
 
 def _refused(message: str, status: int, hint: str | None = None) -> JSONResponse:

@@ -1,125 +1,99 @@
-"""Listening: the TCP port and the home's unix socket, served by one uvicorn."""
+"""Serving: every listener has an application of its own, and one uvicorn serves them all."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import os
 import signal
 import socket
-import stat
-from collections.abc import Callable, Iterator
+import ssl
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
-from lumed.errors import Conflict, InvalidField
-from lumed.http.guard import Guard
+from lumed.http.guard import refuse_user
 
 # A client that keeps its connection open must not keep the server from ending.
 _SHUTDOWN_S = 4
+_TLS_HANDSHAKE_S = 10
+_TLS_CLOSE_S = 2
+_PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 @dataclass(frozen=True, slots=True)
-class Listeners:
-    """Bound and listening sockets; url is where the TCP one is reached."""
+class Listener:
+    """A listening socket, what answers there, and its TLS if it speaks it."""
 
-    tcp: socket.socket
-    unix: socket.socket
-    url: str
-    socket_path: Path
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether only this host can reach the TCP one."""
-        return ipaddress.ip_address(self.tcp.getsockname()[0]).is_loopback
-
-    def close(self) -> None:
-        """Close both; the unix socket's name goes too."""
-        self.tcp.close()
-        self.unix.close()
-        self.socket_path.unlink(missing_ok=True)
+    socket: socket.socket
+    app: ASGIApp
+    tls: ssl.SSLContext | None = None
 
 
-def bind_listeners(host: str, port: int, socket_path: Path) -> Listeners:
-    """Bind both sockets. Port 0 picks a free one.
-
-    Raises Conflict if the port is taken, InvalidField if the host is no address of this machine.
-    An old unix socket is replaced if nobody answers on it.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise InvalidField(
-            f"--host {host!r}: {error.strerror}", fields={"host": "unknown"}
-        ) from error
-    tcp = socket.socket(family, kind, proto)
-    unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tcp.bind(address)
-            tcp.listen(1024)
-        except OSError as error:
-            raise Conflict(
-                f"Cannot listen on {host}:{port}: {error.strerror}",
-                hint=f"choose another port: lume serve --port {port + 1}",
-            ) from error
-        _bind_unix(unix, socket_path)
-    except BaseException:
-        tcp.close()
-        unix.close()
-        raise
-    name, bound = tcp.getsockname()[:2]
-    shown = f"[{name}]" if family == socket.AF_INET6 else name
-    return Listeners(tcp, unix, f"http://{shown}:{bound}", socket_path)
-
-
-def _bind_unix(unix: socket.socket, path: Path) -> None:
-    if len(os.fsencode(path)) > 107:
-        raise InvalidField(
-            f"--socket {path} is too long: a socket's path has at most 107 bytes",
-            fields={"socket": "too long"},
-        )
-    try:
-        _remove_old_socket(path)
-        unix.bind(str(path))
-    except OSError as error:
-        raise Conflict(f"Cannot listen on {path}: {error.strerror}") from error
-    path.chmod(0o600)
-    unix.listen(1024)
-
-
-def _remove_old_socket(path: Path) -> None:
-    """Remove what a killed server left; Conflict for anything else that has the name."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise Conflict(f"Cannot listen on {path}: it exists and is no socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        with contextlib.suppress(OSError):
-            probe.connect(str(path))
-            raise Conflict(f"Cannot listen on {path}: somebody listens there already")
-    path.unlink()
+async def serve(
+    listeners: Sequence[Listener], on_ready: Callable[[], None], ending: asyncio.Event
+) -> None:
+    """Answer until SIGINT or SIGTERM, which set `ending`."""
+    config = uvicorn.Config(
+        listeners[0].app,
+        http=H11Protocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        # The date would have to be renewed every second.
+        date_header=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
+        timeout_keep_alive=75,
+    )
+    # What was made until now lives for ever: without this, a collection takes 25 ms at random.
+    gc.freeze()
+    gc.enable()
+    await _Server(config, listeners, on_ready, ending).serve()
 
 
 class _Server(uvicorn.Server):
     """uvicorn without its ten wake-ups a second: it sleeps until a signal ends it."""
 
     def __init__(
-        self, config: uvicorn.Config, on_ready: Callable[[], None], ending: asyncio.Event
+        self,
+        config: uvicorn.Config,
+        listeners: Sequence[Listener],
+        on_ready: Callable[[], None],
+        ending: asyncio.Event,
     ) -> None:
         super().__init__(config)
+        self._listeners = listeners
         self._on_ready = on_ready
         self._end = ending
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.Server, which has one application and one TLS for all of its sockets."""
+        self.servers = [await self._start_listener(each) for each in self._listeners]
+        self.started = True
+
+    async def _start_listener(self, listener: Listener) -> asyncio.Server:
+        tls: dict[str, Any] = {}
+        if listener.tls is not None:
+            tls = {
+                "ssl": listener.tls,
+                "ssl_handshake_timeout": _TLS_HANDSHAKE_S,
+                "ssl_shutdown_timeout": _TLS_CLOSE_S,
+            }
+        return await asyncio.get_running_loop().create_server(
+            lambda: _Connection(self.config, self.server_state, listener.app),
+            sock=listener.socket,
+            backlog=self.config.backlog,
+            **tls,
+        )
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -146,22 +120,25 @@ class _Server(uvicorn.Server):
         await self._end.wait()
 
 
-async def serve(
-    app: Guard, listeners: Listeners, on_ready: Callable[[], None], ending: asyncio.Event
-) -> None:
-    """Answer until SIGINT or SIGTERM, which set `ending`."""
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        # The date would have to be renewed every second.
-        date_header=False,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
-        timeout_keep_alive=75,
-    )
-    # What was made until now lives for ever: without this, a collection takes 25 ms at random.
-    gc.freeze()
-    gc.enable()
-    await _Server(config, on_ready, ending).serve(sockets=[listeners.tcp, listeners.unix])
+class _Connection(H11Protocol):
+    """A connection to one listener's application; over a unix socket, of one of our users."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, app: ASGIApp) -> None:
+        super().__init__(config, state, {})
+        self.app = app
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See asyncio.BaseProtocol."""
+        super().connection_made(transport)
+        uid = _find_peer_uid(transport)
+        if uid not in (None, 0, os.geteuid()):
+            self.app = refuse_user(uid)
+
+
+def _find_peer_uid(transport: asyncio.Transport) -> int | None:
+    """The user at the other end of a unix socket, as it was when it connected; else None."""
+    peer = transport.get_extra_info("socket")
+    if peer is None or peer.family != socket.AF_UNIX:
+        return None
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    return int(_PEER_CREDENTIALS.unpack(raw)[1])

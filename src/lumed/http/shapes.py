@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 from fastapi import Response
@@ -18,6 +19,10 @@ from lumed.units import format_size
 
 VNC_HOST = "127.0.0.1"
 
+# Whether the request came to the listener for today's clients (contract, section 3): the one
+# thing that its answers differ in is `diskSize`. Set by that listener's guard.
+speaks_compat: ContextVar[bool] = ContextVar("speaks_compat", default=False)
+
 
 def json_response(value: object, status: int = 200) -> Response:
     """Compact JSON, as UTF-8."""
@@ -29,6 +34,7 @@ def json_response(value: object, status: int = 200) -> Response:
 
 def vm_object(vm: VmView) -> dict[str, Any]:
     """One VM: the document's keys and today's clients' keys. Unknown values are left out."""
+    disk = {"allocated": vm.disk_allocated_bytes, "total": vm.disk_total_bytes}
     shape: dict[str, Any] = {
         "name": vm.name,
         "state": vm.state.value,
@@ -38,8 +44,8 @@ def vm_object(vm: VmView) -> dict[str, Any]:
         "cpuCount": vm.cpu_count,
         "memory": format_size(vm.memory_bytes),
         "memorySize": vm.memory_bytes,
-        "diskSize": format_size(vm.disk_total_bytes),
-        "disk": {"allocated": vm.disk_allocated_bytes, "total": vm.disk_total_bytes},
+        "diskSize": disk if speaks_compat.get() else format_size(vm.disk_total_bytes),
+        "disk": disk,
         "display": str(vm.display),
         "locationName": vm.location_name,
         "networkMode": vm.network,
@@ -96,22 +102,25 @@ class VmListEncoder:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[VmView, bytes]] = {}
+        # For each of the two shapes: location and name, to the VM and its JSON.
+        self._known: dict[bool, dict[tuple[str, str], tuple[VmView, bytes]]] = {}
 
     def response(self, vms: Iterable[VmView]) -> Response:
         """A JSON array."""
+        compat = speaks_compat.get()
+        all_known = self._known.setdefault(compat, {})
         fresh: dict[tuple[str, str], tuple[VmView, bytes]] = {}
         parts: list[bytes] = []
         for vm in vms:
             key = (vm.location_name, vm.name)
-            known = self._known.get(key)
+            known = all_known.get(key)
             if known is None or known[0] is not vm:
                 known = (vm, bytes(json_response(vm_object(vm)).body))
             fresh[key] = known
             parts.append(known[1])
-        self._known |= fresh
-        if len(self._known) > 2 * len(fresh) + 64:
-            self._known = fresh
+        all_known |= fresh
+        if len(all_known) > 2 * len(fresh) + 64:
+            self._known[compat] = fresh
         return Response(b"[" + b",".join(parts) + b"]", media_type="application/json")
 
 

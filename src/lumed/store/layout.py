@@ -31,6 +31,11 @@ class Home:
         return self.root / "server.json"
 
     @property
+    def token(self) -> Path:
+        """What the TCP ports ask for, if it is there (mode 0600)."""
+        return self.root / "token"
+
+    @property
     def socket(self) -> Path:
         """The server's unix socket, unless it was given another."""
         return self.runtime / "lume.sock"
