@@ -244,12 +244,17 @@ def get_line(address: str, port: int, timeout_s: float = 10) -> str:
 
 @contextlib.contextmanager
 def running_server(
-    home: Path, cache: Path, *, start: bool = True, env: Mapping[str, str] | None = None
+    home: Path,
+    cache: Path,
+    *,
+    start: bool = True,
+    env: Mapping[str, str] | None = None,
+    arguments: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A server on a new home that uses a shared image cache; all of it gone at the end."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     (home / "config.yaml").write_text(f"cacheDirectory: {cache}\ndefaultImage: tiny\n")
-    server = Server(home, env=env)
+    server = Server(home, env=env, arguments=arguments)
     try:
         if start:
             server.start()
