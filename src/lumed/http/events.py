@@ -41,7 +41,7 @@ def event_routes(engine: Engine, ending: asyncio.Event) -> APIRouter:
         },
         summary="What changes, as it changes (server-sent events)",
     )
-    async def events(
+    async def watch_events(
         vm: Annotated[
             VmName | None, Query(description="Only what concerns the VM of that name")
         ] = None,
