@@ -6,7 +6,7 @@ so nothing here is tied to one machine. Every method raises LumedError subclasse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,3 +152,22 @@ class Engine(Protocol):
 
     async def read_logs(self, kind: str, lines: int | None) -> dict[str, str]:
         """The server's logs: `info` and `error`, the last lines of each."""
+
+    def follow_log(self, kind: str, lines: int | None) -> AsyncGenerator[bytes, None]:
+        """One of the server's logs, `info` or `error`: its last lines, then what is written."""
+
+    async def read_vm_logs(
+        self, name: str, storage: str | None, kind: str, lines: int | None
+    ) -> dict[str, str]:
+        """A VM's logs of this run, `serial` and `qemu` (kind, or `all`): the last lines of each.
+
+        1 MiB of each at most. Raises NotFound.
+        """
+
+    async def follow_vm_log(
+        self, name: str, storage: str | None, kind: str, lines: int | None
+    ) -> AsyncGenerator[bytes, None]:
+        """One of a VM's logs: its last lines, then what is written, until the VM is deleted.
+
+        Bytes as the guest printed them. Another run goes on in it. Raises NotFound.
+        """

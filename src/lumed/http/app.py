@@ -13,6 +13,7 @@ from lumed.http.errors import install_error_handlers
 from lumed.http.events import event_routes
 from lumed.http.host import config_routes, host_routes, operation_routes
 from lumed.http.images import image_routes, pull_routes, push_routes
+from lumed.http.logs import log_routes
 from lumed.http.replies import DiskObject, ErrorObject
 from lumed.http.shapes import speaks_compat
 from lumed.http.vms import vm_routes
@@ -85,6 +86,7 @@ def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
         operation_routes(engine, ending),
         config_routes(engine),
         event_routes(engine, ending),
+        log_routes(engine, ending),
     ):
         app.include_router(router)
     return app

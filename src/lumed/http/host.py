@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
@@ -13,7 +13,6 @@ from lumed.http.replies import (
     ConfigObject,
     HostObject,
     LocationObject,
-    LogsObject,
     MessageReply,
     OperationObject,
 )
@@ -25,19 +24,12 @@ _LONGEST_WAIT_S = 60
 
 
 def host_routes(engine: Engine) -> APIRouter:
-    """/lume/host/status and /lume/logs."""
+    """/lume/host/status."""
     router = APIRouter(prefix="/lume", tags=["host"])
 
     @router.get("/host/status", response_model=HostObject, summary="The host in numbers")
     async def get_host_status() -> Response:
         return json_response(host_object(await engine.host_status()))
-
-    @router.get("/logs", response_model=LogsObject, summary="The server's own logs")
-    async def get_logs(
-        type: Literal["info", "error", "all"] = "all",
-        lines: Annotated[int | None, Query(ge=1, le=100_000)] = None,
-    ) -> Response:
-        return json_response(await engine.read_logs(type, lines))
 
     return router
 

@@ -243,6 +243,13 @@ class ConfigObject(BaseModel):
     registry: dict[str, Any]
 
 
+class VmLogsObject(BaseModel):
+    """A VM's logs of this run as text: the guest's serial console, and QEMU's own."""
+
+    serial: str | None = None
+    qemu: str | None = None
+
+
 class LogsObject(BaseModel):
     """The server's logs as text."""
 

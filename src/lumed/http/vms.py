@@ -44,7 +44,7 @@ def vm_routes(engine: Engine) -> APIRouter:
 
     @router.get("/{name}", response_model=VmObject, summary="Get details of a virtual machine")
     async def get_vm(name: Name, storage: Storage = None) -> Response:
-        return json_response(vm_object(await engine.get_vm(_name(name), storage or None)))
+        return json_response(vm_object(await engine.get_vm(vm_name(name), storage or None)))
 
     @router.put("/{name}", response_model=VmReply, summary="Update a stopped virtual machine")
     @router.patch(
@@ -62,7 +62,7 @@ def vm_routes(engine: Engine) -> APIRouter:
     async def update_vm(name: Name, body: UpdateBody, storage: Storage = None) -> Response:
         request = body.to_request()
         request = replace(request, storage=request.storage or storage or None)
-        vm = await engine.update_vm(_name(name), request)
+        vm = await engine.update_vm(vm_name(name), request)
         return json_response({"message": "VM settings updated successfully", **vm_object(vm)})
 
     @router.post(
@@ -71,7 +71,7 @@ def vm_routes(engine: Engine) -> APIRouter:
     async def run_vm(name: Name, body: RunBody | None = None, storage: Storage = None) -> Response:
         request = (body or RunBody.model_validate({})).to_request()
         request = replace(request, storage=request.storage or storage or None)
-        accepted = await engine.run_vm(_name(name), request)
+        accepted = await engine.run_vm(vm_name(name), request)
         return json_response({"message": "VM start initiated", **vm_object(accepted.vm)}, 202)
 
     @router.post("/{name}/stop", response_model=VmReply, summary="Stop a running virtual machine")
@@ -83,7 +83,7 @@ def vm_routes(engine: Engine) -> APIRouter:
     ) -> Response:
         place = (body.storage if body else None) or storage or None
         at_once = force or bool(body and body.force)
-        vm = await engine.stop_vm(_name(name), place, force=at_once)
+        vm = await engine.stop_vm(vm_name(name), place, force=at_once)
         return json_response({"message": "VM stopped successfully", **vm_object(vm)})
 
     @router.get(
@@ -93,12 +93,12 @@ def vm_routes(engine: Engine) -> APIRouter:
         summary="Take a picture of a running virtual machine's screen",
     )
     async def take_screenshot(name: Name, storage: Storage = None) -> Response:
-        picture = await engine.take_screenshot(_name(name), storage or None)
+        picture = await engine.take_screenshot(vm_name(name), storage or None)
         return Response(picture, media_type="image/png")
 
     @router.post("/{name}/setup", response_model=MessageReply, summary="Not on this host: 501")
     async def setup_vm(name: Name) -> Response:
-        await engine.get_vm(_name(name))
+        await engine.get_vm(vm_name(name))
         raise NotPossibleHere(
             "The setup assistant is macOS's, which needs Apple hardware and Apple's framework",
             hint="Linux guests are set up by cloud-init: see userData and sshKeys of a create",
@@ -106,13 +106,13 @@ def vm_routes(engine: Engine) -> APIRouter:
 
     @router.delete("/{name}", response_model=MessageReply, summary="Delete a virtual machine")
     async def delete_vm(name: Name, storage: Storage = None) -> Response:
-        await engine.delete_vm(_name(name), storage or None)
+        await engine.delete_vm(vm_name(name), storage or None)
         return json_response({"message": "VM deleted successfully", "name": name})
 
     return router
 
 
-def _name(name: str) -> str:
+def vm_name(name: str) -> str:
     """The name in a path. One that no VM can have is a VM that does not exist."""
     try:
         return check_vm_name(name)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from lumed.store.layout import Home
+from lumed.store.tail import follow, read_tail
+from lumed.store.vmdir import VmDir
 
 
 def read_memory() -> tuple[int, int]:
@@ -27,15 +29,41 @@ def free_bytes(directory: Path) -> int:
     return usage.f_bavail * usage.f_frsize
 
 
+# The server's own logs are rotated at 2 MB.
+_LONGEST_LOG_BYTES = 4_000_000
+
+
 def read_logs(home: Home, kind: str, lines: int | None) -> dict[str, str]:
     """The server's logs by kind (info, error, or all), whole or their last lines."""
-    files = {"info": home.logs / "lumed.log", "error": home.logs / "lumed.error.log"}
-    return {key: _read_tail(file, lines) for key, file in files.items() if kind in (key, "all")}
+    return {
+        key: read_tail(file, lines, _LONGEST_LOG_BYTES).decode(errors="replace")
+        for key, file in _server_logs(home).items()
+        if kind in (key, "all")
+    }
 
 
-def _read_tail(path: Path, lines: int | None) -> str:
-    try:
-        with path.open(errors="replace") as file:
-            return "".join(file if lines is None else deque(file, maxlen=lines))
-    except FileNotFoundError:
-        return ""
+def follow_log(home: Home, kind: str, lines: int | None) -> AsyncGenerator[bytes, None]:
+    """One of the server's logs and what is written to it."""
+    return follow(_server_logs(home)[kind], lines)
+
+
+def read_vm_logs(vm_dir: VmDir, kind: str, lines: int | None) -> dict[str, str]:
+    """A VM's logs of this run by kind (serial, qemu, or all), their last MiB or last lines."""
+    return {
+        key: read_tail(file, lines).decode(errors="replace")
+        for key, file in _vm_logs(vm_dir).items()
+        if kind in (key, "all")
+    }
+
+
+def follow_vm_log(vm_dir: VmDir, kind: str, lines: int | None) -> AsyncGenerator[bytes, None]:
+    """One of a VM's logs and what is written to it, in this run and the next ones."""
+    return follow(_vm_logs(vm_dir)[kind], lines)
+
+
+def _server_logs(home: Home) -> dict[str, Path]:
+    return {"info": home.logs / "lumed.log", "error": home.logs / "lumed.error.log"}
+
+
+def _vm_logs(vm_dir: VmDir) -> dict[str, Path]:
+    return {"serial": vm_dir.serial_log, "qemu": vm_dir.qemu_log}

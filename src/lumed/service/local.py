@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +41,14 @@ from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
 from lumed.service.cloning import make_clone, request_of_clone
 from lumed.service.gate import Gate
-from lumed.service.host import free_bytes, read_logs, read_memory
+from lumed.service.host import (
+    follow_log,
+    follow_vm_log,
+    free_bytes,
+    read_logs,
+    read_memory,
+    read_vm_logs,
+)
 from lumed.service.keeper import SettingsKeeper
 from lumed.service.library import Library
 from lumed.service.live import LiveMachine
@@ -492,6 +499,24 @@ class LocalEngine:
     async def read_logs(self, kind: str, lines: int | None) -> dict[str, str]:
         """See Engine."""
         return await asyncio.to_thread(read_logs, self._home, kind, lines)
+
+    def follow_log(self, kind: str, lines: int | None) -> AsyncGenerator[bytes, None]:
+        """See Engine."""
+        return follow_log(self._home, kind, lines)
+
+    async def read_vm_logs(
+        self, name: str, storage: str | None, kind: str, lines: int | None
+    ) -> dict[str, str]:
+        """See Engine."""
+        stored = await self._get_stored(name, storage)
+        return await asyncio.to_thread(read_vm_logs, stored.vm_dir, kind, lines)
+
+    async def follow_vm_log(
+        self, name: str, storage: str | None, kind: str, lines: int | None
+    ) -> AsyncGenerator[bytes, None]:
+        """See Engine."""
+        stored = await self._get_stored(name, storage)
+        return follow_vm_log(stored.vm_dir, kind, lines)
 
     async def _prepare_accelerator(self) -> None:
         with contextlib.suppress(LumedError):
