@@ -101,6 +101,13 @@ async def test_a_launched_machine_runs_and_keeps_the_lock(
     assert await wait_unlocked(tmp_path / "run.lock", 2)
 
 
+async def test_a_machine_without_a_password_has_no_screen_to_reach(
+    new_driver: Make, spec: MachineSpec
+) -> None:
+    async with launched(new_driver(), replace(spec, vnc_password=None)) as machine:
+        assert await machine.query_vnc_port(2) is None
+
+
 async def test_quit_ends_it_and_the_events_say_that_no_guest_did_it(
     new_driver: Make, spec: MachineSpec
 ) -> None:

@@ -41,7 +41,7 @@ class FakeDriver:
         fds = () if spec.lock_fd is None else (spec.lock_fd,)
         child = await start_detached(["/bin/sleep", "600"], log=spec.log, pass_fds=fds)
         self.launched.append(spec)
-        self.machines.append(FakeMachine(child.identity, child))
+        self.machines.append(FakeMachine(child.identity, child, spec.vnc_password))
         return self.machines[-1]
 
     async def adopt(
@@ -55,7 +55,7 @@ class FakeDriver:
         """Find the `sleep` again."""
         if not is_alive(process) or await asyncio.to_thread(_read_uuid, runtime_dir) != uuid:
             raise MachineFailed("no such machine")
-        return FakeMachine(process, None)
+        return FakeMachine(process, None, vnc_password)
 
 
 class FakeMachine:
@@ -64,9 +64,10 @@ class FakeMachine:
     With `goes_down` set, its "guest" has an agent, which ends at the button, and ends with it.
     """
 
-    def __init__(self, process: ProcessId, child: Child | None) -> None:
+    def __init__(self, process: ProcessId, child: Child | None, vnc_password: str | None) -> None:
         self._process = process
         self._child = child
+        self._vnc_password = vnc_password
         self._events: asyncio.Queue[MachineEvent | None] = asyncio.Queue()
         self.deaf = False
         self.goes_down: asyncio.Event | None = None
@@ -130,7 +131,7 @@ class FakeMachine:
 
     async def query_vnc_port(self, timeout_s: float) -> int | None:
         """A port that nobody listens on."""
-        return 5999
+        return None if self._vnc_password is None else 5999
 
     async def screenshot(self, target: Path, timeout_s: float) -> None:
         """There is no screen."""
