@@ -9,10 +9,11 @@ import pytest
 from fastapi import FastAPI
 
 from lumed.http.app import build_app
-from lumed.http.guard import Rules
+from lumed.http.guard import Guard, Rules
 from lumed.service.local import LocalEngine
 from lumed.units import MIB
 from tests.http.conftest import Client, connect
+from tests.http.reader import reading
 from tests.http.test_vms import VMS, create, run, wait_for_state
 
 
@@ -112,6 +113,18 @@ async def test_an_unchanged_vm_is_encoded_once_for_each_listener(
         patch.setattr("lumed.http.shapes.vm_object", fail)
         for _ in range(2):
             assert [(await each.get(VMS)).content for each in (client, compat)] == lists
+
+
+async def test_events_have_the_object_too(app: FastAPI, client: Client) -> None:
+    guards = [Guard(app, Rules(compat=compat)) for compat in (False, True)]
+    async with (
+        reading(guards[0], "/lume/events") as mine,
+        reading(guards[1], "/lume/events") as its,
+    ):
+        made = await create(client, "web")
+        told = (await mine.next_vm("web", state="stopped")).data
+        assert told["diskSize"] == made["diskSize"] == "64MB"
+        assert_object((await its.next_vm("web", state="stopped")).data, 64 * MIB)
 
 
 async def test_its_openapi_document_says_what_it_answers(client: Client, compat: Client) -> None:
