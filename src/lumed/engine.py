@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lumed.model.answer import Answer
 from lumed.model.host import HostStatus
 from lumed.model.image import ImageView, Pruned
 from lumed.model.notice import Notice
@@ -48,6 +49,18 @@ class Watch(Protocol):
         from another server run, or reads too slowly). Who lists all VMs and operations after
         it, and goes on with what follows, misses nothing.
         """
+
+
+class KeyedRequest(Protocol):
+    """A request that came with a key. answer is the one that it had before, if it had one.
+
+    was_cut_off: it came before, and a server ended before it was answered. Setting kept has an
+    answer kept.
+    """
+
+    answer: Answer | None
+    was_cut_off: bool
+    kept: Answer | None
 
 
 class Engine(Protocol):
@@ -127,6 +140,13 @@ class Engine(Protocol):
         after is the id of the last notice that was taken in, None for a new watcher. With vm
         only what concerns the VM of that name is told. A VM's notice is what a look at it saw:
         never a state that no look could have seen, and not each that it had.
+        """
+
+    def once(self, key: str, fingerprint: str) -> AbstractAsyncContextManager[KeyedRequest]:
+        """Carry out a request under a key, unless it was within 24 hours.
+
+        fingerprint stands for all of the request. The same request that is under way is waited
+        for. Raises KeyReused if the key had another one, Busy if the first takes over a minute.
         """
 
     async def host_status(self) -> HostStatus:

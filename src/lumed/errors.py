@@ -36,6 +36,12 @@ class InvalidField(LumedError):
     code = "invalid_field"
 
 
+class KeyReused(InvalidField):
+    """An Idempotency-Key came again with another request."""
+
+    code = "key_reused"
+
+
 class Refused(LumedError):
     """The guard refused the request: foreign Host or Origin, or a form content type."""
 

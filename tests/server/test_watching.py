@@ -1,4 +1,4 @@
-"""Watching a server process: real sockets, and its end."""
+"""Watching a server process, and asking it again: real sockets, its end, its death."""
 
 from __future__ import annotations
 
@@ -41,3 +41,16 @@ def test_streams_and_waiters_do_not_hold_up_the_end(tmp_path: Path) -> None:
             server.stop()
         assert time.monotonic() - started < 2
         assert list(stream) == []
+
+
+def test_a_write_that_comes_again_after_a_kill_has_its_answer(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    body = {"name": "web", "os": "linux", "cpu": 1, "memory": "64MB", "diskSize": "64MB"}
+    key = {"Idempotency-Key": "3f6c"}
+    with serving(home) as server, server.client() as client:
+        first = client.post("/vms", json=body, headers=key)
+        server.kill()
+        server.start()
+        again = httpx.post(f"{server.url}/lume/vms", json=body, headers=key, verify=NO_TLS)
+        assert (again.status_code, again.content) == (202, first.content)
+        assert again.headers["idempotency-replayed"] == "true"

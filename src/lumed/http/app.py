@@ -12,6 +12,7 @@ from lumed.engine import Engine
 from lumed.http.errors import install_error_handlers
 from lumed.http.events import event_routes
 from lumed.http.host import config_routes, host_routes, operation_routes
+from lumed.http.idempotency import Idempotency
 from lumed.http.images import image_routes, pull_routes, push_routes
 from lumed.http.logs import log_routes
 from lumed.http.replies import DiskObject, ErrorObject
@@ -45,6 +46,11 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_ABOUT = """The Lume API for Linux hosts.
+
+Every write takes an `Idempotency-Key` header: the same request with the same key within 24 hours
+has the same answer, and is carried out once."""
+
 
 class _App(FastAPI):
     """FastAPI whose OpenAPI document is that of the listener which is asked for it."""
@@ -64,7 +70,7 @@ def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
     app = _App(
         title="lumed",
         version=__version__,
-        description="The Lume API for Linux hosts.",
+        description=_ABOUT,
         docs_url="/docs",
         redoc_url=None,
         redirect_slashes=False,
@@ -77,6 +83,7 @@ def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     install_error_handlers(app)
+    app.add_middleware(Idempotency, engine=engine)
     for router in (
         vm_routes(engine),
         pull_routes(engine),

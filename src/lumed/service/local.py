@@ -39,6 +39,7 @@ from lumed.model.vm import Architecture, DiskFormat, VmConfig
 from lumed.network.bridge import list_interfaces
 from lumed.network.start import sweep_networks
 from lumed.service.adopt import adopt_machines
+from lumed.service.answers import Answers, KeyedRequest
 from lumed.service.cloning import make_clone, request_of_clone
 from lumed.service.gate import Gate
 from lumed.service.host import (
@@ -104,6 +105,7 @@ class LocalEngine:
         self._sources = Sources(images, self.settings, driver.check_ready)
         self._keeper = SettingsKeeper(home, settings, self._index, images, self._sources.choose)
         self._operations = Operations(home.operations, tasks, self._tell_operation)
+        self._answers = Answers(home.answers)
         self._gate = Gate()
         self._views = Views()
         self._making = Making(self._index, self._gate, self._operations, self._mark)
@@ -443,6 +445,12 @@ class LocalEngine:
 
     def _tell_operation(self, operation: Operation) -> None:
         self._observer.tell_operation(operation)
+
+    # Requests that come again
+
+    def once(self, key: str, fingerprint: str) -> AbstractAsyncContextManager[KeyedRequest]:
+        """See Engine."""
+        return self._answers.once(key, fingerprint)
 
     # Host and settings
 

@@ -51,6 +51,11 @@ class Home:
         return self.root / "operations"
 
     @property
+    def answers(self) -> Path:
+        """Answers to requests that had an Idempotency-Key."""
+        return self.root / "answers"
+
+    @property
     def cache(self) -> Path:
         """Images that VMs rest on, unless configured elsewhere."""
         return self.root / "cache"
@@ -81,7 +86,8 @@ class Home:
 
         Raises Refused if the runtime folder belongs to somebody else.
         """
-        for directory in (self.root, self.operations, self.logs, self.location("home")):
+        folders = (self.root, self.operations, self.answers, self.logs, self.location("home"))
+        for directory in folders:
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for directory in (self.runtime.parent, self.runtime):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
