@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lumed.model.answer import Answer
-from lumed.model.host import HostStatus
+from lumed.model.host import HostStatus, MachineUsage
 from lumed.model.image import ImageView, Pruned
 from lumed.model.notice import Notice
 from lumed.model.operation import Operation
@@ -151,6 +151,9 @@ class Engine(Protocol):
 
     async def host_status(self) -> HostStatus:
         """The host in numbers."""
+
+    async def measure_machines(self) -> list[MachineUsage]:
+        """What each running machine uses."""
 
     def settings(self) -> Settings:
         """The settings in force."""

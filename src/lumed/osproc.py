@@ -45,16 +45,44 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessUsage:
+    """What a process has used: seconds of all processors, bytes of memory that it holds now."""
+
+    cpu_seconds: float
+    memory_bytes: int
+
+
 def find_process(pid: int) -> ProcessId | None:
     """The identity of a living process; None if it is gone or a zombie."""
+    fields = _read_stat(pid)
+    return None if fields is None else _identify(pid, fields)
+
+
+def read_usage(process: ProcessId) -> ProcessUsage | None:
+    """What this very process has used; None if it is gone."""
+    fields = _read_stat(process.pid)
+    if fields is None or _identify(process.pid, fields) != process:
+        return None
+    ticks = int(fields[11]) + int(fields[12])  # utime, stime
+    return ProcessUsage(
+        cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"),
+        memory_bytes=int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
+    )
+
+
+def _read_stat(pid: int) -> list[str] | None:
+    """The fields of /proc/PID/stat (proc(5)) from the third on; None if it is gone or a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The second field is the program's name in brackets and may hold spaces and brackets.
     fields = stat[stat.rindex(")") + 2 :].split()
-    if fields[0] in ("Z", "X"):
-        return None
+    return None if fields[0] in ("Z", "X") else fields
+
+
+def _identify(pid: int, fields: list[str]) -> ProcessId:
     return ProcessId(boot_id=boot_id(), pid=pid, start_ticks=int(fields[19]))
 
 

@@ -15,6 +15,7 @@ from lumed.http.host import config_routes, host_routes, operation_routes
 from lumed.http.idempotency import Idempotency
 from lumed.http.images import image_routes, pull_routes, push_routes
 from lumed.http.logs import log_routes
+from lumed.http.metrics import RequestTimes, Timing, metric_routes
 from lumed.http.replies import DiskObject, ErrorObject
 from lumed.http.shapes import speaks_compat
 from lumed.http.vms import vm_routes
@@ -84,6 +85,8 @@ def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
     )
     install_error_handlers(app)
     app.add_middleware(Idempotency, engine=engine)
+    times = RequestTimes()
+    app.add_middleware(Timing, times=times)
     for router in (
         vm_routes(engine),
         pull_routes(engine),
@@ -94,6 +97,7 @@ def build_app(engine: Engine, ending: asyncio.Event | None = None) -> FastAPI:
         config_routes(engine),
         event_routes(engine, ending),
         log_routes(engine, ending),
+        metric_routes(engine, times),
     ):
         app.include_router(router)
     return app

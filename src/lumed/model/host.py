@@ -33,6 +33,16 @@ class HostStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class MachineUsage:
+    """What the machine of a VM has used so far in this run, as the host's processes count."""
+
+    name: str
+    location_name: str
+    cpu_seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Accelerator:
     """What runs guests, "kvm" or "tcg"; why, and what would make the better one work."""
 

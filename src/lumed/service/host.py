@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 
+from lumed.model.host import MachineUsage
+from lumed.osproc import read_usage
+from lumed.service.live import LiveMachine
+from lumed.store.index import VmIndex
 from lumed.store.layout import Home
 from lumed.store.tail import follow, read_tail
 from lumed.store.vmdir import VmDir
@@ -27,6 +31,19 @@ def free_bytes(directory: Path) -> int:
     except OSError:
         return 0
     return usage.f_bavail * usage.f_frsize
+
+
+def measure_machines(index: VmIndex, live: Mapping[Path, LiveMachine]) -> list[MachineUsage]:
+    """What the process of each machine uses."""
+    found: list[MachineUsage] = []
+    for vm in index.list_vms():
+        machine = live.get(vm.vm_dir.path)
+        process = None if machine is None else machine.process
+        usage = None if process is None else read_usage(process)
+        if usage is not None:
+            cpu_seconds, memory_bytes = usage.cpu_seconds, usage.memory_bytes
+            found.append(MachineUsage(vm.name, vm.location_name, cpu_seconds, memory_bytes))
+    return found
 
 
 # The server's own logs are rotated at 2 MB.

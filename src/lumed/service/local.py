@@ -21,7 +21,7 @@ from lumed.errors import (
 from lumed.images.local import ImageCache
 from lumed.log import EventLog
 from lumed.machine.driver import MachineDriver
-from lumed.model.host import Accelerator, HostStatus
+from lumed.model.host import Accelerator, HostStatus, MachineUsage
 from lumed.model.image import ImageView, Pruned
 from lumed.model.operation import Operation, OperationStatus
 from lumed.model.request import (
@@ -46,6 +46,7 @@ from lumed.service.host import (
     follow_log,
     follow_vm_log,
     free_bytes,
+    measure_machines,
     read_logs,
     read_memory,
     read_vm_logs,
@@ -474,6 +475,10 @@ class LocalEngine:
             accelerator_reason=accelerator.reason if accelerator else None,
             network_interfaces=tuple(await asyncio.to_thread(list_interfaces)),
         )
+
+    async def measure_machines(self) -> list[MachineUsage]:
+        """See Engine."""
+        return await asyncio.to_thread(measure_machines, self._index, dict(self._power.live))
 
     def settings(self) -> Settings:
         """See Engine."""
