@@ -86,6 +86,8 @@ async def test_operations_are_listed_by_status_target_and_action(
 ) -> None:
     operation = await begin_run(client, driver)
     await create(client, "other", image="tiny")
+    (made,) = (await client.get(OPERATIONS, params={"target": "other"})).json()
+    await client.get(f"{OPERATIONS}/{made['id']}", params={"wait": 30})
 
     async def ids(**params: str) -> list[str]:
         reply = await client.get(OPERATIONS, params=params)
