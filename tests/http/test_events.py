@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
+from lumed.errors import TimedOut
 from lumed.files import write_atomic
 from lumed.http.app import build_app
+from lumed.machine.driver import MachineStatus
 from lumed.service.local import LocalEngine
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
@@ -203,6 +205,22 @@ async def test_what_others_do_to_a_folder_is_told(app: FastAPI, client: Client, 
         while (event := await reader.next()).kind != "vm-deleted":
             pass
         assert event.data["name"] == "copy"
+
+
+async def test_a_machine_that_falls_silent_is_told_while_somebody_watches(
+    app: FastAPI, client: Client, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def be_silent(_: float) -> MachineStatus:
+        raise TimedOut("no answer")
+
+    monkeypatch.setattr("lumed.service.observer._ROUND_S", 0.05)
+    await create(client, "web", image="tiny")
+    async with reading(app, EVENTS) as reader:
+        await run(client, "web", noDisplay=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(driver.machines[-1], "query_status", be_silent)
+            await reader.next_vm("web", state="unresponsive")
+        await reader.next_vm("web", state="running")
 
 
 async def test_64_watchers_hear_of_a_machines_end_at_once(
