@@ -17,10 +17,10 @@ from lumed.errors import LumedError, MachineFailed
 from lumed.machine.driver import GuestShutDown, Machine, MachineDriver, MachineStatus
 from lumed.machine.qemu.driver import QemuDriver
 from lumed.machine.spec import MachineSpec
-from lumed.main import get_qemu
 from lumed.model.host import Accelerator
 from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 from lumed.osproc import is_alive, send_signal, wait_gone
+from lumed.server import get_qemu
 from lumed.store.disk import create_empty
 from lumed.units import MIB
 from tests.doubles.fake_driver import FakeDriver

@@ -11,6 +11,7 @@ import pytest
 
 from lumed.errors import MissingDependency
 from lumed.http.app import build_app
+from lumed.http.guard import Rules
 from lumed.service.local import LocalEngine
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
@@ -213,3 +214,13 @@ async def test_a_request_that_was_cut_off_is_carried_out_again(
     assert "may have been carried out" in again.json()["hint"]
     await client.delete(f"{VMS}/web")
     assert (await client.post(VMS, json=WEB, headers=key)).status_code == 202
+
+
+async def test_an_answer_does_not_cross_to_a_listener_of_another_shape(
+    engine: LocalEngine,
+) -> None:
+    app, key = build_app(engine), with_key()
+    async with connect(app) as client, connect(app, Rules(compat=True)) as compat:
+        assert (await client.post(VMS, json=WEB, headers=key)).status_code == 202
+        reply = await compat.post(VMS, json=WEB, headers=key)
+        assert (reply.status_code, reply.json()["code"]) == (422, "key_reused")

@@ -11,9 +11,9 @@ import pytest
 
 from lumed.errors import InvalidField, MissingDependency
 from lumed.machine.qemu.driver import QemuDriver
-from lumed.main import get_qemu
 from lumed.model.host import Accelerator
 from lumed.model.vm import Architecture, Firmware
+from lumed.server import get_qemu
 from tests.system.arm64_guest import MENU, READY, build_arm64_disk
 from tests.system.harness import Server, running_server
 

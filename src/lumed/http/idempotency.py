@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lumed.engine import Engine
 from lumed.errors import Busy, InvalidField, LumedError
 from lumed.http.errors import error_response
+from lumed.http.shapes import speaks_compat
 from lumed.model.answer import Answer
 
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
@@ -131,7 +132,9 @@ def _check_key(keys: list[str]) -> str:
 
 def _fingerprint(scope: Scope, body: bytes) -> str:
     # The guard has made one path of all its spellings.
-    parts = (scope["method"].encode(), scope["path"].encode(), scope["query_string"], body)
+    target = (scope["method"].encode(), scope["path"].encode(), scope["query_string"])
+    # The other listener's answer has another shape, so a replay must not cross over.
+    parts = (*target, b"compat" if speaks_compat.get() else b"", body)
     digest = hashlib.sha256()
     for part in parts:
         digest.update(b"%d:%s" % (len(part), part))
