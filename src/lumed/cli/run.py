@@ -104,7 +104,8 @@ def run(
         if wait is not None:
             vm = client.wait_vm(vm_name, wait, _WAIT_S)
             say(f"{vm_name} is running")
-            show(vm.ip_address or vm_name)
+            if vm.ip_address is not None:
+                show(vm.ip_address)
             return 0
         vm = client.get_vm(vm_name, storage)
         show_problems(vm)

@@ -44,8 +44,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _PROGRESS_EVERY_S = 0.5
-# A stream that has been silent for so long is left, and everything looked at anew.
-_LOOK_AGAIN_S = 10.0
+# A stream that has been silent for so long is left, and the VM looked at anew: whether ssh
+# answers is found out by looking.
+_LOOK_AGAIN_S = 2.0
 # The server says at least every 15 s that it is still there.
 _SILENCE_S = 45.0
 

@@ -61,6 +61,7 @@ class Vm:
     network: str
     ip_address: str | None
     ssh_available: bool | None
+    guest_agent: bool
     vnc_port: int | None
     vnc_url: str | None = field(repr=False)  # it holds the password
     shared_directories: tuple[SharedDirectory, ...]
@@ -208,6 +209,7 @@ def parse_vm(data: Json) -> Vm:
         network=data["networkMode"],
         ip_address=data.get("ipAddress"),
         ssh_available=data.get("sshAvailable"),
+        guest_agent=data.get("guestAgent", False),
         vnc_port=data.get("vncPort"),
         vnc_url=data.get("vncUrl"),
         shared_directories=tuple(

@@ -60,7 +60,7 @@ def check_goal(vm: Vm, goal: Goal) -> bool:
         "running": vm.state == "running",
         "ip": vm.ip_address is not None,
         "ssh": vm.ip_address is not None and bool(vm.ssh_available),
-        "agent": bool(vm.raw.get("guestAgent")),
+        "agent": vm.guest_agent,
     }[goal]
 
 

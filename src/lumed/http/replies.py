@@ -96,6 +96,7 @@ class VmObject(BaseModel):
     networkMode: str  # noqa: N815
     ipAddress: str | None = None  # noqa: N815
     sshAvailable: bool | None = None  # noqa: N815
+    guestAgent: bool | None = None  # noqa: N815
     vncPort: int | None = None  # noqa: N815
     vncUrl: str | None = None  # noqa: N815
     sharedDirectories: list[SharedDirectoryObject] | None = None  # noqa: N815

@@ -57,6 +57,7 @@ def vm_object(vm: VmView) -> dict[str, Any]:
     optional = {
         "ipAddress": vm.ip_address,
         "sshAvailable": vm.ssh_available,
+        "guestAgent": vm.guest_agent or None,
         "vncPort": vm.vnc_port,
         "uuid": vm.uuid,
         "macAddress": vm.mac_address,

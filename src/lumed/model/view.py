@@ -34,6 +34,7 @@ class VmView:
     created_at: str | None = None
     ip_address: str | None = None
     ssh_available: bool | None = None
+    guest_agent: bool = False
     vnc_port: int | None = None
     vnc_password: str | None = None
     shared_directories: tuple[SharedDirectory, ...] = ()

@@ -36,7 +36,7 @@ class Views:
 
 
 def _changing(live: LiveMachine) -> tuple[object, ...]:
-    return (live.ip_address, live.ssh_available, live.problems)
+    return (live.ip_address, live.ssh_available, live.agent_open.is_set(), live.problems)
 
 
 def _build(stored: StoredVm, live: LiveMachine | None, operation: str | None) -> VmView:
@@ -69,6 +69,7 @@ def _build(stored: StoredVm, live: LiveMachine | None, operation: str | None) ->
         created_at=config.created_at or None,
         ip_address=address,
         ssh_available=live.ssh_available if live and address is not None else None,
+        guest_agent=live.agent_open.is_set() if live else False,
         vnc_port=record.vnc_port if record else None,
         vnc_password=record.vnc_password if record else None,
         shared_directories=record.options.shared_directories if record else (),
