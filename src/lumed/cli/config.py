@@ -63,10 +63,10 @@ def list_(*, format: AsFormat = "text", link: Link = Link()) -> None:  # noqa: B
     if format != "text":
         show_data(config.raw["vmLocations"], format)
         return
-    columns = (
-        Column[Location]("NAME", lambda location: location.name),
-        Column[Location]("PATH", lambda location: location.path),
-        Column[Location](
+    columns: tuple[Column[Location], ...] = (
+        Column("NAME", lambda location: location.name),
+        Column("PATH", lambda location: location.path),
+        Column(
             "DEFAULT",
             lambda location: "yes" if location.name == config.default_location else "",
             1,

@@ -8,12 +8,14 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from lumed.claim import is_locked
 from lumed.cli.output import say
 from lumed.client.discover import find_home, find_socket
 from lumed.errors import LumedError, TimedOut
@@ -73,11 +75,20 @@ class Link:
             say(f"lume: no server was running; {line}")
         elif ready:
             server.wait(_START_S)
-            # Another command may have been quicker.
-            if not _answers(find_socket(home)):
+            if not _wait_for_another(home):
                 raise _did_not_start(log, started_at)
         else:
             raise TimedOut(f"The server was not ready within {_START_S:g} s; see {log}")
+
+
+def _wait_for_another(home: Home) -> bool:
+    """Whether a server that another command has started answers; it may be just starting."""
+    give_up_at = time.monotonic() + _START_S
+    while not _answers(find_socket(home)):
+        if not is_locked(home.server_lock) or time.monotonic() > give_up_at:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _answers(path: Path) -> bool:

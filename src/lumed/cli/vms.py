@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os as _os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -280,7 +281,7 @@ def absolute(path: str | None) -> str | None:
     """A path as the server can find it; a name or a reference stays as it is."""
     if path is None or not (path.startswith((".", "~", "/")) or Path(path).is_file()):
         return path
-    return str(Path(path).expanduser().absolute())
+    return _os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - it also drops the ".."
 
 
 def read_text(file: Path) -> str:

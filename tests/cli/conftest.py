@@ -1,0 +1,70 @@
+"""A real server, and `lume` commands that find it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.system.harness import LUME, Server, running_server
+
+
+@dataclass(frozen=True)
+class Lume:
+    """Runs commands for one home."""
+
+    home: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        """What a command's process is given."""
+        return {**os.environ, "LUME_HOME": str(self.home), **self.env}
+
+    def __call__(self, *arguments: str, status: int = 0, timeout_s: float = 60) -> str:
+        """stdout of a command that ends with that status, and never with a traceback."""
+        return self.run(*arguments, status=status, timeout_s=timeout_s).stdout
+
+    def run(
+        self, *arguments: str, status: int = 0, timeout_s: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """The same, with stderr."""
+        ended = subprocess.run(
+            [*LUME, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+        )
+        assert "Traceback" not in ended.stderr, ended.stderr
+        assert ended.returncode == status, (ended.stdout, ended.stderr)
+        return ended
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """A command that goes on."""
+        return subprocess.Popen(
+            [*LUME, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self.environment(),
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Iterator[Server]:
+    """A server of a home, with tiny guests."""
+    with running_server(tmp_path_factory.mktemp("cli") / "home", image_cache) as server:
+        yield server
+
+
+@pytest.fixture
+def lume(server: Server) -> Lume:
+    """Commands for that home."""
+    return Lume(server.home)
