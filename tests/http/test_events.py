@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from lumed.files import write_atomic
 from lumed.http.app import build_app
 from lumed.machine.driver import MachineStatus
 from lumed.service.local import LocalEngine
+from lumed.store.index import StoredVm
 from lumed.store.layout import Home
 from tests.doubles.fake_driver import FakeDriver
 from tests.http.conftest import Client, connect, start_fake_engine
 from tests.http.reader import Event, Reader, reading
-from tests.http.test_vms import VMS, create, run
+from tests.http.test_vms import VMS, create, run, wait_for_state
 
 EVENTS = "/lume/events"
 
@@ -205,6 +207,36 @@ async def test_what_others_do_to_a_folder_is_told(app: FastAPI, client: Client, 
         while (event := await reader.next()).kind != "vm-deleted":
             pass
         assert event.data["name"] == "copy"
+
+
+async def test_a_look_that_was_overtaken_is_not_told(
+    app: FastAPI,
+    client: Client,
+    driver: FakeDriver,
+    engine: LocalEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reading_disk, go_on = threading.Event(), threading.Event()
+    find_all = engine._index.find_all
+
+    def find_slowly(name: str) -> list[StoredVm]:
+        found = find_all(name)
+        reading_disk.set()
+        assert go_on.wait(10)
+        return found
+
+    await create(client, "web", image="tiny")
+    async with reading(app, EVENTS) as reader:
+        await run(client, "web", noDisplay=True)
+        await reader.next_vm("web", state="running")
+        monkeypatch.setattr(engine._index, "find_all", find_slowly)
+        engine._mark("web")
+        await asyncio.to_thread(reading_disk.wait, 10)
+        driver.machines[-1].crash()
+        await wait_for_state(client, "web", "crashed")
+        # What the look has read is of a VM without an end, and its machine is gone by now.
+        go_on.set()
+        assert "stopped" not in await states_until(reader, "crashed", "running")
 
 
 async def test_a_machine_that_falls_silent_is_told_while_somebody_watches(
