@@ -60,6 +60,9 @@ async def test_one_who_is_too_far_behind_lists_anew() -> None:
     (reset,) = await subscription.wait(1)
     assert (reset.kind, reset.reason) == (NoticeKind.RESET, ResetReason.LOST)
     assert await notices.subscribe(reset.id, None).wait(0) == []
+    for odd in (reset.id + "9", reset.id + "9" * 9999, reset.id + "x"):
+        (reset,) = await notices.subscribe(odd, None).wait(0)
+        assert reset.reason is ResetReason.RESTARTED
     notices.tell_vm(VIEW, deleted=True)
     (told,) = await subscription.wait(1)
     assert told.kind is NoticeKind.VM_DELETED

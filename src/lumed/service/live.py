@@ -241,6 +241,10 @@ class LiveMachine:
         )
         self.on_change()
         _log.info("guest ready", vm=self.vm_dir.name, evidence=self.readiness.evidence.value)
+        # Mostly it is there by now, and who watches does not ask for it.
+        await self._look_for_ssh()
+        if self.ssh_available:
+            self.on_change()
 
     def _forward_of(self, guest_port: int) -> tuple[str, int] | None:
         forwards = (f for f in self.record.forwards if f.guest_port == guest_port)

@@ -16,6 +16,8 @@ from lumed.model.view import VmView
 
 KEPT = 1000
 _PROGRESS_EVERY_S = 0.2
+# Python refuses to read a number of many thousands.
+_DIGITS = 20
 
 
 class Notices:
@@ -78,7 +80,8 @@ class Notices:
         if after is None:
             return Subscription(self, vm, self._last, ResetReason.START)
         run, _, number = after.rpartition("-")
-        if run != self._run or not number.isdecimal() or int(number) > self._last:
+        is_ours = run == self._run and number.isdecimal() and len(number) < _DIGITS
+        if not is_ours or int(number) > self._last:
             return Subscription(self, vm, self._last, ResetReason.RESTARTED)
         return Subscription(self, vm, int(number), None)
 
