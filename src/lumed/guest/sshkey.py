@@ -14,20 +14,15 @@ from lumed.osproc import get_program, run_tool_blocking
 _TIMEOUT_S = 20
 
 
-def private_key_path(home: Path) -> Path:
-    """Where the private key of this home lies (mode 0600), once read_or_make_key made it."""
-    return home / "ssh" / "id_ed25519"
+def read_or_make_key(private: Path) -> str | None:
+    """The public half of the key at `private`, as one authorized_keys line. Blocks.
 
-
-def read_or_make_key(home: Path) -> str | None:
-    """The public key of this home as one authorized_keys line, made at the first call. Blocks.
-
-    None if ssh-keygen is missing and there is no key yet. Safe to call from several threads and
+    Both are made at the first call, beside each other, the private one with mode 0600. None if
+    ssh-keygen is missing and there is no key yet. Safe to call from several threads and
     processes at once: all get the same key. The private file is the one truth; the public one
     is made from it again if a power cut came between the two. Raises ToolFailed.
     """
-    private = private_key_path(home)
-    public = private.with_name("id_ed25519.pub")
+    public = private.with_suffix(".pub")
     try:
         text = public.read_text().strip()
     except FileNotFoundError:

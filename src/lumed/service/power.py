@@ -315,7 +315,7 @@ class Power:
         return tuple(devices)
 
     def _write_seed(self, vm_dir: VmDir, config: VmConfig, shares: tuple[ShareDevice, ...]) -> Path:
-        home_key = read_or_make_key(self._home.root)
+        home_key = read_or_make_key(self._home.ssh_key)
         keys = config.ssh_keys if home_key is None else (home_key, *config.ssh_keys)
         image = make_seed(
             Seed(

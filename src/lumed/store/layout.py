@@ -66,6 +66,16 @@ class Home:
         return self.root / "paths.json"
 
     @property
+    def ssh_key(self) -> Path:
+        """The private key of this home (0600), whose public half every guest is seeded with."""
+        return self.root / "ssh" / "id_ed25519"
+
+    @property
+    def known_hosts(self) -> Path:
+        """The host keys of guests, each under its VM's uuid; `lume ssh` writes it."""
+        return self.root / "ssh" / "known_hosts"
+
+    @property
     def runtime(self) -> Path:
         """Sockets. In the home, so that no log-out or cleaner of temporary files takes them.
 
