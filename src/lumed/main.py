@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lumed.cli.app import Commands, ServeOptions, build_cli
-from lumed.cli.output import say
+from lumed.cli.output import complain
+from lumed.cli.words import keep_command_apart
 from lumed.errors import LumedError
 
 _USAGE_ERROR = 64  # EX_USAGE, as Lume's own command
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     app = build_cli(Commands(serve=_serve, doctor=_doctor))
     try:
-        result = app(argv, exit_on_error=False, print_error=True)
+        tokens = keep_command_apart(sys.argv[1:] if argv is None else argv)
+        result = app(tokens, exit_on_error=False, print_error=True)
         sys.stdout.flush()
     except BrokenPipeError:
         _leave_stdout()
@@ -28,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return _USAGE_ERROR
     except LumedError as error:
-        _complain(error)
+        complain(error)
         return 1
     except OSError as error:
         # A home that cannot be made, written or locked.
-        _complain(
+        complain(
             LumedError(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         )
         return 1
@@ -44,12 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _leave_stdout() -> None:
     """Whoever read it has gone; Python must not complain of that at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(error: LumedError) -> None:
-    say(f"lume: {error.message}")
-    if error.hint:
-        say(f"  {error.hint}")
 
 
 # Imported when it is called: most commands only talk to a server.

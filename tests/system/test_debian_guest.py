@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import Server, running_server
+from tests.system.harness import LUME, Server, running_server
 
 pytestmark = pytest.mark.timeout(900)
 # Idle: half a minute. A machine that runs other tests meanwhile takes a multiple.
@@ -27,26 +27,49 @@ def server(tmp_path_factory: pytest.TempPathFactory, image_cache: Path) -> Itera
         yield server
 
 
-def ssh(server: Server, address: str, command: str, timeout_s: float = 90.0) -> str:
-    """What a command prints in the guest, for the seed's user with the home's key."""
-    options = (
-        "BatchMode=yes",
-        "LogLevel=ERROR",
-        "StrictHostKeyChecking=no",
-        "UserKnownHostsFile=/dev/null",
-    )
-    argv = ["ssh", "-F", "/dev/null", "-i", str(server.home / "ssh" / "id_ed25519")]
-    for option in (*options, f"ConnectTimeout={timeout_s:g}"):
-        argv += ["-o", option]
+def lume(server: Server, command: str, *words: str | Path, status: int = 0) -> str:
+    """What a command of `lume` prints, on stderr if it is to fail."""
     ended = subprocess.run(
-        [*argv, f"lume@{address}", command],
+        [*LUME, command, "--home", server.home, *words],
         capture_output=True,
+        stdin=subprocess.DEVNULL,
         text=True,
-        timeout=timeout_s,
+        timeout=90,
         check=False,
     )
-    assert ended.returncode == 0, f"{command!r}: {ended.stdout!r} {ended.stderr!r}"
-    return ended.stdout.strip()
+    assert ended.returncode == status, f"{words!r}: {ended.stdout!r} {ended.stderr!r}"
+    return (ended.stderr if status else ended.stdout).strip()
+
+
+def check_ssh(server: Server, name: str, scratch: Path) -> None:
+    """`lume ssh` and `lume cp` with the key, a password, and a host key that is not the VM's."""
+    assert lume(server, "ssh", name, "echo told >&2; exit 7", status=7) == "told"
+    there, back = scratch / "there", scratch / "back"
+    (there / "in").mkdir(parents=True)
+    (there / "in" / "a file").write_bytes(bytes(range(256)) * 1000)
+    lume(server, "cp", "-r", there, f"{name}:")
+    lume(server, "cp", f"{name}:there/in/a file", back)
+    assert back.read_bytes() == (there / "in" / "a file").read_bytes()
+
+    folder = server.home / "ssh"
+    known = (folder / "known_hosts").read_text()
+    uuid = server.vm(name)["uuid"]
+    assert [line.split()[0] for line in known.splitlines()] == [uuid]
+    key, away = folder / "id_ed25519", folder / "away"
+    key.rename(away)
+    try:
+        keys = lume(server, "ssh", name, "cat /etc/ssh/ssh_host_*.pub").splitlines()
+        assert known.split()[1:] in [line.split()[:2] for line in keys]
+        refused = lume(server, "ssh", "-p", "wrong", name, "id", status=255)
+        assert "does not let lume in" in refused
+        assert "wrong" not in refused
+    finally:
+        away.rename(key)
+    # A valid key of somebody else.
+    public = (folder / "id_ed25519.pub").read_text().split()
+    (folder / "known_hosts").write_text(f"{uuid} {public[0]} {public[1]}\n")
+    assert "is not the one it had" in lume(server, "ssh", name, "id", status=255)
+    (folder / "known_hosts").write_text(known)
 
 
 def read_files(vm_disk: Path, scratch: Path, name: str) -> bytes:
@@ -80,10 +103,10 @@ def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_clone
     server.create("deb", image="debian:12", diskSize="7GB", memory="1GB", cpu=2)
     server.run("deb", sharedDirectories=[share])
     # An address is told once sshd has said its name.
-    address = server.wait_for("deb", lambda vm: "ipAddress" in vm, BOOT_S)["ipAddress"]
+    server.wait_for("deb", lambda vm: "ipAddress" in vm, BOOT_S)
 
     def sh(command: str) -> str:
-        return ssh(server, address, command)
+        return lume(server, "ssh", "deb", command)
 
     assert sh("id -un; hostname; sudo id -un") == "lume\ndeb\nroot"
     # What came with the recipe.
@@ -95,6 +118,7 @@ def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_clone
     assert sh("cat /mnt/shared/shared/from-host") == "hello guest"
     sh("echo hello host | sudo tee /mnt/shared/shared/from-guest")
     assert (shared / "from-guest").read_text() == "hello host\n"
+    check_ssh(server, "deb", tmp_path)
     assert sh("systemctl --failed --no-legend --plain") == ""
     # What belongs to one machine was made by this one.
     identity = sh(IDENTITY)
@@ -118,9 +142,9 @@ def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_clone
     # A clone is another machine, with the same files.
     server.call("POST", "/vms/clone", 200, json={"name": "deb", "newName": "twin"})
     server.run("twin")
-    address = server.wait_for("twin", lambda vm: "ipAddress" in vm, BOOT_S)["ipAddress"]
-    assert ssh(server, address, "cat /etc/built; hostname") == "built\nroot\ntwin"
-    twin = ssh(server, address, IDENTITY)
+    server.wait_for("twin", lambda vm: "ipAddress" in vm, BOOT_S)
+    assert lume(server, "ssh", "twin", "cat /etc/built; hostname") == "built\nroot\ntwin"
+    twin = lume(server, "ssh", "twin", IDENTITY)
     assert len(twin.split()) == len(identity.split())
     assert not set(twin.split()) & set(identity.split()) - {"ssh-ed25519"}
     server.call("POST", "/vms/twin/stop?force=true", 200)

@@ -16,6 +16,7 @@ _LAZY = {
     "vms": ("create", "ls", "get", "set", "clone", "stop", "shutdown", "restart", "delete"),
     "run": ("run",),
     "look": ("attach", "screenshot", "logs"),
+    "ssh": ("ssh", "cp"),
     "images": ("pull", "push", "convert", "images", "prune", "image"),
     "config": ("config",),
     "apple": ("setup", "ipsw", "sip"),

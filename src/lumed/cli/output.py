@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
+from lumed.errors import LumedError
+
 T = TypeVar("T")
 Format = Literal["text", "json", "yaml"]
 
@@ -41,6 +43,13 @@ def say(text: str) -> None:
     """A line of talk, on stderr."""
     sys.stderr.write(clean(text) + "\n")
     sys.stderr.flush()
+
+
+def complain(error: LumedError) -> None:
+    """A failure and what to do about it, on stderr."""
+    say(f"lume: {error.message}")
+    if error.hint:
+        say(f"  {error.hint}")
 
 
 def show_data(data: Any, format: Format) -> None:
