@@ -1,11 +1,11 @@
-"""The API of a server that has one virtual machine, which is whatever the test says."""
+"""The API of a server with one virtual machine and images, which are what the test says."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingUnixStreamServer
@@ -24,6 +24,16 @@ STOPPED = {
     "uuid": "0f0e0d0c-0000-4000-8000-000000000000",
 }
 
+_IMAGE = {
+    "id": "0123456789ab",
+    "platform": {"os": "linux", "architecture": "amd64"},
+    "size": 0,
+    "virtualSize": 1 << 30,
+    "createdAt": "2026-01-01T00:00:00Z",
+    "lastUsedAt": "2026-01-01T00:00:00Z",
+    "vms": [],
+}
+
 
 def running(place: tuple[str, int]) -> dict[str, object]:
     """What is different in a VM whose SSH server answers at that host address and port."""
@@ -38,16 +48,23 @@ def running(place: tuple[str, int]) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def serve_one_vm(home: Path, vm: Mapping[str, object]) -> Iterator[None]:
+def serve_one_vm(
+    home: Path, vm: Mapping[str, object], image_names: Sequence[str] = ()
+) -> Iterator[None]:
     """Answer on the socket of a home's server; vm replaces keys of a stopped `web`."""
     known = {**STOPPED, **vm}
+    answers = {
+        f"/lume/vms/{known['name']}": known,
+        "/lume/vms": [known],
+        "/lume/images": [{**_IMAGE, "name": name, "names": [name]} for name in image_names],
+    }
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            found = self.path.partition("?")[0] == f"/lume/vms/{known['name']}"
-            what = known if found else {"message": f"not here: {self.path}", "code": "not_found"}
-            body = json.dumps(what).encode()
-            self.send_response(200 if found else 404)
+            known = answers.get(self.path.partition("?")[0])
+            unknown = {"message": f"not here: {self.path}", "code": "not_found"}
+            body = json.dumps(unknown if known is None else known).encode()
+            self.send_response(404 if known is None else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -57,7 +74,6 @@ def serve_one_vm(home: Path, vm: Mapping[str, object]) -> Iterator[None]:
 
     (home / "run").mkdir(parents=True)
     with ThreadingUnixStreamServer(str(home / "run" / "lume.sock"), Handler) as server:
-        server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -17,6 +17,7 @@ _LAZY = {
     "run": ("run",),
     "look": ("attach", "screenshot", "logs"),
     "ssh": ("ssh", "cp"),
+    "completion": ("completion",),
     "images": ("pull", "push", "convert", "images", "prune", "image"),
     "config": ("config",),
     "apple": ("setup", "ipsw", "sip"),

@@ -10,6 +10,7 @@ from cyclopts import App, Parameter
 
 from lumed.cli.bars import follow
 from lumed.cli.link import Link
+from lumed.cli.names import ImageName, VmName
 from lumed.cli.output import Column, say, show, show_data, show_table
 from lumed.cli.vms import AsFormat, Storage, UnneededFlag
 from lumed.errors import LumedError, NotPossibleHere
@@ -35,7 +36,7 @@ Tags = Annotated[
 
 
 def pull(
-    image: str,
+    image: ImageName,
     name: str | None = None,
     /,
     *,
@@ -74,7 +75,7 @@ def pull(
 
 
 def push(
-    name: str,
+    name: VmName,
     image: str,
     /,
     *,
@@ -130,7 +131,7 @@ def push(
 
 
 def convert(
-    source: str,
+    source: ImageName,
     target: str,
     /,
     *,
@@ -194,7 +195,7 @@ def images(
         say("No images are cached")
 
 
-def delete_image(image: str, /, *, link: Link = Link()) -> None:  # noqa: B008
+def delete_image(image: ImageName, /, *, link: Link = Link()) -> None:  # noqa: B008
     """Forget an image's name, and the image with its last name.
 
     Example: lume image delete debian:12

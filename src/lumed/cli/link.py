@@ -41,7 +41,7 @@ class Link:
     def connect(self) -> Client:
         """A client of the home's server, which is started if need be. Raises LumedError."""
         home, _ = find_home(self.home)
-        if not _answers(find_socket(home)):
+        if not answers(find_socket(home)):
             if self.no_start:
                 raise LumedError(
                     f"No server runs for {home.root}", hint="start one: lume serve, or lume ls"
@@ -84,14 +84,15 @@ class Link:
 def _wait_for_another(home: Home) -> bool:
     """Whether a server that another command has started answers; it may be just starting."""
     give_up_at = time.monotonic() + _START_S
-    while not _answers(find_socket(home)):
+    while not answers(find_socket(home)):
         if not is_locked(home.server_lock) or time.monotonic() > give_up_at:
             return False
         time.sleep(0.02)
     return True
 
 
-def _answers(path: Path) -> bool:
+def answers(path: Path) -> bool:
+    """Whether somebody listens on a unix socket."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(5)
         with contextlib.suppress(OSError):

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lumed.cli.link import Link
+from lumed.cli.names import VmName, complete_logs
 from lumed.cli.output import clean, say, show
 from lumed.cli.vms import Storage, UnneededFlag
 from lumed.errors import LumedError, MissingDependency, WrongState
@@ -23,7 +24,7 @@ _SERVER_LOGS = ("all", "info", "error")
 
 
 def attach(
-    name: str,
+    name: VmName,
     /,
     *,
     display: Annotated[Literal["native", "vnc"], Parameter(show=False)] = "native",
@@ -76,7 +77,7 @@ def _spawn(command: list[str]) -> None:
 
 
 def screenshot(
-    name: str,
+    name: VmName,
     file: Path | None = None,
     /,
     *,
@@ -100,7 +101,11 @@ def screenshot(
 
 def logs(
     name: Annotated[
-        str, Parameter(help="a virtual machine; or all, info, error: the server's own")
+        str,
+        Parameter(
+            help="a virtual machine; or all, info, error: the server's own",
+            completer=complete_logs,
+        ),
     ] = "all",
     /,
     *,

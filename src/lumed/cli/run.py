@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from lumed.cli.bars import follow
 from lumed.cli.link import Link
+from lumed.cli.names import complete_vms_and_images
 from lumed.cli.output import say, show
 from lumed.cli.vms import Storage, Unneeded, UnneededFlag, absolute, say_stopped, show_problems
 from lumed.errors import InvalidField, LumedError, NotFound, NotPossibleHere
@@ -35,7 +36,7 @@ _WAIT_S = 600.0
 
 
 def run(
-    name: str,
+    name: Annotated[str, Parameter(completer=complete_vms_and_images)],
     /,
     *,
     detach: Annotated[bool, Parameter(negative="", help="return when it is running")] = False,

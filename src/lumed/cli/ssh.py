@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 from cyclopts import Parameter, validators
 
 from lumed.cli.link import Link
+from lumed.cli.names import VmName, complete_guest_paths
 from lumed.cli.output import complain, say
 from lumed.cli.vms import Storage
 from lumed.client.discover import find_home
@@ -51,6 +52,9 @@ Timeout = Annotated[
         validator=validators.Number(gte=0),
     ),
 ]
+
+# A path too, so that shells complete those of files.
+Side = Annotated[str | Path, Parameter(completer=complete_guest_paths)]
 
 SSH_FAILED = 255  # ssh(1), "EXIT STATUS"
 _PACKAGE = "openssh-client"
@@ -90,7 +94,7 @@ class Login:
 
 
 def ssh(
-    name: str,
+    name: VmName,
     /,
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
     user: User = "lume",
@@ -122,8 +126,8 @@ def ssh(
 
 
 def cp(
-    source: str,
-    target: str,
+    source: Side,
+    target: Side,
     /,
     *,
     recursive: Annotated[
@@ -143,6 +147,7 @@ def cp(
 
     Example: lume cp -r web:/var/log logs
     """
+    source, target = str(source), str(target)
     sides = (_IN_A_GUEST.fullmatch(source), _IN_A_GUEST.fullmatch(target))
     match sides:
         case (re.Match() as remote, None) | (None, re.Match() as remote):

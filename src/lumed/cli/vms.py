@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from lumed.cli.bars import follow
 from lumed.cli.link import Link
+from lumed.cli.names import VmName, complete_images
 from lumed.cli.output import Column, Format, say, show_data, show_table
 from lumed.errors import LumedError, NotPossibleHere
 from lumed.units import describe_size, format_size
@@ -38,9 +39,14 @@ def create(
     display: str = "1024x768",
     image: Annotated[
         str | None,
-        Parameter(help="what is on the disk: debian:12, a reference, or the path of an image"),
+        Parameter(
+            help="what is on the disk: debian:12, a reference, or the path of an image",
+            completer=complete_images,
+        ),
     ] = None,
-    ipsw: Annotated[str | None, Parameter(help="the same, as Lume calls it")] = None,
+    ipsw: Annotated[
+        str | None, Parameter(help="the same, as Lume calls it", completer=complete_images)
+    ] = None,
     storage: Storage = None,
     network: Annotated[str, Parameter(help="nat, none, or bridged:INTERFACE")] = "nat",
     user_data: Annotated[Path | None, Parameter(help="a file of cloud-init user data")] = None,
@@ -103,7 +109,7 @@ def ls(*, format: AsFormat = "text", storage: Storage = None, link: Link = Link(
 
 
 def get(
-    name: str,
+    name: VmName,
     /,
     *,
     format: AsFormat = "text",
@@ -122,7 +128,7 @@ def get(
 
 
 def set_(
-    name: str,
+    name: VmName,
     /,
     *,
     cpu: int | None = None,
@@ -162,7 +168,7 @@ def set_(
 
 
 def clone(
-    name: str,
+    name: VmName,
     new_name: str,
     /,
     *,
@@ -180,7 +186,7 @@ def clone(
 
 
 def stop(
-    name: str,
+    name: VmName,
     /,
     *,
     force: Annotated[bool, Parameter(negative="", help="at once, disks flushed")] = False,
@@ -197,7 +203,7 @@ def stop(
 
 
 def shutdown(
-    name: str,
+    name: VmName,
     /,
     *,
     storage: Storage = None,
@@ -214,7 +220,7 @@ def shutdown(
 
 
 def restart(
-    name: str,
+    name: VmName,
     /,
     *,
     storage: Storage = None,
@@ -248,7 +254,7 @@ def restart(
 
 
 def delete(
-    name: str,
+    name: VmName,
     /,
     *,
     force: Annotated[bool, Parameter(negative="", help="do not ask")] = False,
