@@ -24,12 +24,12 @@ class Lume:
         """What a command's process is given."""
         return {**os.environ, "LUME_HOME": str(self.home), **self.env}
 
-    def __call__(self, *arguments: str, status: int = 0, timeout_s: float = 60) -> str:
+    def __call__(self, *arguments: str, status: int = 0, timeout_s: float = 120) -> str:
         """stdout of a command that ends with that status, and never with a traceback."""
         return self.run(*arguments, status=status, timeout_s=timeout_s).stdout
 
     def run(
-        self, *arguments: str, status: int = 0, timeout_s: float = 60
+        self, *arguments: str, status: int = 0, timeout_s: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """The same, with stderr."""
         ended = subprocess.run(
