@@ -1,20 +1,30 @@
-"""What all tests share: a folder and processes that are gone afterwards, however it ends."""
+"""What all tests share: a folder and processes that are gone afterwards, however it ends.
+
+With pytest-xdist's workers (scripts/test has two) this holds for the session, and `alone` lets a
+test have the machine to itself for a while.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 _CACHE = "LUMED_TEST_CACHE"
-_ORDER = ("system", "registry", "server", "qemu")
-_SPREAD = ("test_restart.py", "test_life.py", "test_faults.py", "test_clone.py")
+# A worker takes a file at a time, and the next one already with the last two tests of the one
+# before. So the kills (test_restart.py) follow the Debian guest, whose end need not wait for them.
+_SLOWEST = ("test_debian_guest.py", "test_tiny.py", "test_restart.py", "test_life.py")
+_ORDER = ("system", "registry", "qemu", "server")
 _REAPER = Path(__file__).parent / "reaper.py"
 
 
@@ -25,7 +35,12 @@ hypothesis.settings.load_profile("lumed")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Give the session a folder and a mark, and start the reaper that sweeps both."""
-    if hasattr(config, "workerinput") or config.option.collectonly:
+    if hasattr(config, "workerinput"):
+        # Instead of "popen-gw0", see below.
+        session = Path(config.option.basetemp).parent
+        config.option.basetemp = session / config.workerinput["workerid"]
+        return
+    if config.option.collectonly:
         return
     if config.option.basetemp is None:
         # Short: sockets below it must stay in their homes (unix(7): 108 bytes).
@@ -52,21 +67,15 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, and each file's tests on one worker, where they share what is costly.
-
-    Whole servers share nothing but the images, so their tests go wherever a worker is free.
-    """
+    """Slow files first: with two workers, the last ones then end at about the same time."""
     items.sort(key=_rank)  # stable
-    for item in items:
-        if not str(item.path).endswith(_SPREAD):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 def _rank(item: pytest.Item) -> int:
-    if item.path.name == "test_debian_guest.py":
-        return -1  # by far the longest single test
+    if item.path.name in _SLOWEST:
+        return _SLOWEST.index(item.path.name)
     folder = item.path.parent.name
-    return _ORDER.index(folder) if folder in _ORDER else len(_ORDER)
+    return len(_SLOWEST) + (_ORDER.index(folder) if folder in _ORDER else len(_ORDER))
 
 
 @pytest.fixture(scope="session")
@@ -78,4 +87,48 @@ def image_cache() -> Path:
     return Path(os.environ[_CACHE])
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test runs beside those of the other workers, unless one of them is `alone`."""
+    with _lock("turn") as turn, _lock("tests") as tests:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(tests, fcntl.LOCK_SH)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        item.stash[_LOCKS] = turn, tests
+        return (yield)
+
+
+@pytest.fixture
+def alone(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
+    """For what a guest must do against the clock: `with alone():` holds up all other tests.
+
+    Those that run at its begin are waited for.
+    """
+
+    @contextlib.contextmanager
+    def hold_up() -> Iterator[None]:
+        turn, tests = request.node.stash[_LOCKS]
+        # Ours first: another one may be waiting to be alone, too.
+        fcntl.flock(tests, fcntl.LOCK_UN)
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(tests, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(tests, fcntl.LOCK_SH)
+            fcntl.flock(turn, fcntl.LOCK_UN)
+
+    return hold_up
+
+
+@contextlib.contextmanager
+def _lock(name: str) -> Iterator[int]:
+    fd = os.open(Path(os.environ[_CACHE]).with_name(f"{name}.lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+_LOCKS = pytest.StashKey[tuple[int, int]]()
 _REAPER_KEY = pytest.StashKey[subprocess.Popen[bytes]]()
