@@ -2,7 +2,8 @@
 
 It waits for the end of its standard input, which is the session's end, then ends every process
 that has MARK in its environment, undoes mounts below FOLDER and removes it, removes users that
-have MARK as their comment, and the network namespaces and bridges of the session's tests.
+have MARK as their comment, with their homes, and the network namespaces and bridges of the
+session's tests.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def main(mark: str, folder: str) -> None:
     for line in Path("/etc/passwd").read_text().splitlines():
         fields = line.split(":")
         if len(fields) > 4 and fields[4] == mark:
-            subprocess.run(["userdel", "-f", fields[0]], check=False)
+            subprocess.run(["userdel", "-f", "-r", fields[0]], check=False, capture_output=True)
+            shutil.rmtree(f"/tmp/lumed-{fields[2]}", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -156,9 +156,14 @@ async def test_a_guest_reads_all_and_writes_only_where_it_may(
 
 @pytest.fixture
 def another_user() -> Iterator[pwd.struct_passwd]:
-    """A new user with a home and subordinate ids, removed afterwards with its files."""
+    """A new user with a home and subordinate ids, removed afterwards with its files.
+
+    The session's mark in its comment lets the reaper do so as well.
+    """
     name = f"lumed-{secrets.token_hex(4)}"
-    subprocess.run(["useradd", "--create-home", "--base-dir", "/tmp", name], check=True, timeout=20)
+    mark = f"LUMED_TEST_SESSION={os.environ['LUMED_TEST_SESSION']}"
+    argv = ["useradd", "--comment", mark, "--create-home", "--base-dir", "/tmp", name]
+    subprocess.run(argv, check=True, timeout=20)
     try:
         # In a second group, as people are: virtiofsd has to give it up.
         subprocess.run(["usermod", "--append", "--groups", "audio", name], check=True, timeout=20)
