@@ -26,7 +26,7 @@ install the counterparts of: $*"
         as_root=(sudo -n)
     fi
     say "installing system packages: ${missing[*]}"
-    "${as_root[@]}" apt-get update -q >/dev/null || fail "apt-get update failed"
+    "${lists_are_new:-false}" || "${as_root[@]}" apt-get update -q >/dev/null || fail "apt-get update failed"
     # shellcheck disable=SC2086  # the words of the line are meant
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive $install >/dev/null || fail "$install failed"
 }
@@ -45,6 +45,7 @@ first_known() {
 # need_apt_lists: package lists, without which nothing can be looked up or downloaded.
 need_apt_lists() {
     apt-cache show busybox-static >/dev/null 2>&1 && return
+    lists_are_new=true
     if [ "$(id -u)" -eq 0 ]; then
         say "fetching package lists"
         apt-get update -q >/dev/null || fail "apt-get update failed"
