@@ -18,11 +18,12 @@ _LAZY = {
     "look": ("attach", "screenshot", "logs"),
     "ssh": ("ssh", "cp"),
     "completion": ("completion",),
+    "service": ("service",),
     "images": ("pull", "push", "convert", "images", "prune", "image"),
     "config": ("config",),
     "apple": ("setup", "ipsw", "sip"),
 }
-_FUNCTIONS = {"set": "set_", "image": "image_app", "config": "config_app"}
+_FUNCTIONS = {"set": "set_", "image": "image_app", "config": "config_app", "service": "service_app"}
 
 
 _PORT = validators.Number(gte=0, lte=65535)

@@ -1,0 +1,352 @@
+"""`lume service`: the server of this home as a systemd user service.
+
+KillMode=process: systemd ends the server only, so machines outlive a stop and a restart of the
+service. They stay in its control group; at the next start systemd notes "left-over process" in
+its journal and leaves them alone, and the server finds them as it always does. What ends them is
+the end of the user's systemd: the last log-out, unless lingering is enabled, or a shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter, validators
+
+from lumed.cli.link import DEFAULT_PORT, answers
+from lumed.cli.output import say, show, show_data
+from lumed.cli.vms import AsFormat
+from lumed.client.discover import find_home, find_socket
+from lumed.errors import InvalidField, LumedError, NotPossibleHere, TimedOut
+from lumed.files import read_json_object, write_atomic
+from lumed.osproc import ProcessId, find_process, send_signal, wait_gone
+
+if TYPE_CHECKING:
+    from lumed.store.layout import Home
+
+UNIT = "lumed.service"
+_TOOL_S = 60.0
+_START_S = 60.0
+_END_S = 30.0
+_LOOK_S = 1.0
+# A user manager's own PATH is short, and what the server runs may be elsewhere.
+_KEPT = ("PATH", "LUME_ACCEL", "LUME_LOG_LEVEL")
+_HOME_LINE = re.compile(r"^X-Home=(.*)$", re.MULTILINE)
+_FAILED = ("auto-restart", "failed")
+
+HomeOption = Annotated[Path | None, Parameter(help="home directory (or LUME_HOME)")]
+
+service_app = App(name="service", help="Keep a server running, as a systemd user service.")
+
+
+@service_app.command
+def install(
+    *serve_options: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="behind --: more for lume serve")
+    ],
+    port: Annotated[
+        int, Parameter(help="TCP port of the API", validator=validators.Number(gte=1, lte=65535))
+    ] = DEFAULT_PORT,
+    linger: Annotated[
+        bool, Parameter(negative="", help="from the boot on, not only while you are logged in")
+    ] = False,
+    home: HomeOption = None,
+) -> None:
+    """Install the service and start it; again, to change it. A server that runs is replaced.
+
+    Machines run on meanwhile.
+
+    Example: lume service install --port 7777 --linger
+
+    Example: lume service install -- --compat-port 7778
+    """
+    found, named = find_home(home)
+    command = _plan_command(found, named, port, serve_options)
+    _check_manager(command)
+    unit, text = _unit_path(), plan_unit(command, found)
+    is_new = _read(unit) != text
+    if is_new:
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(unit, text.encode(), 0o644)
+        _systemctl("daemon-reload")
+    say(f"{unit} is {'written' if is_new else 'as it was'}")
+    _systemctl("enable", UNIT)
+    if is_new or not _is_active():
+        _end_other_server(found)
+        # One that has failed too often would be refused.
+        _ask("reset-failed", UNIT)
+        _systemctl("restart", UNIT)
+    url = _wait_ready(found)
+    say(f"{UNIT} is enabled, and running")
+    _offer_linger(linger)
+    show(url)
+
+
+@service_app.command
+def uninstall() -> None:
+    """End the service and remove it; virtual machines stay, and those that run run on.
+
+    Example: lume service uninstall
+    """
+    unit = _unit_path()
+    if not unit.exists():
+        say(f"there is no {unit}")
+        return
+    _check_manager(_plan_command(*find_home(), DEFAULT_PORT, ()))
+    _systemctl("disable", "--now", UNIT)
+    unit.unlink()
+    _systemctl("daemon-reload")
+    say(f"{unit} is removed; machines run on, and the next lume command starts a server for them")
+
+
+@service_app.command
+def status(*, format: AsFormat = "text") -> int:
+    """Say whether the service is installed, enabled and active, and where it listens.
+
+    The exit status is 0 if it is active.
+
+    Example: lume service status
+    """
+    unit = _unit_path()
+    text = _read(unit)
+    _check_manager(_plan_command(*find_home(), DEFAULT_PORT, ()))
+    home, _ = find_home(_read_home(text))
+    active = _is_active()
+    facts = {
+        "installed": str(unit) if text else None,
+        "enabled": _ask("is-enabled", UNIT) == "enabled",
+        "active": active,
+        "home": str(home.root),
+        "url": _find_url(home) if active else None,
+        "lingers": _lingers(),
+    }
+    if format != "text":
+        show_data(facts, format)
+    else:
+        for key, value in facts.items():
+            show(f"{key}: {_WORDS.get(value, value) if not isinstance(value, str) else value}")
+    return 0 if active else 1
+
+
+def plan_unit(command: tuple[str, ...], home: Home) -> str:
+    """The unit file. Raises InvalidField for what it could not hold."""
+    kept = [f"{name}={os.environ[name]}" for name in _KEPT if os.environ.get(name)]
+    for word in (*command, *kept, str(home.root)):
+        if not word.isprintable():
+            raise InvalidField(f"{word!r:.200} has characters that no unit file can hold")
+    return "\n".join(
+        (
+            "# Written by: lume service install",
+            "[Unit]",
+            "Description=Virtual machines over the Lume API (lumed)",
+            "StartLimitIntervalSec=60",
+            "StartLimitBurst=5",
+            "",
+            "[Service]",
+            "Type=exec",
+            f"ExecStart={' '.join(_quote(word).replace('$', '$$') for word in command)}",
+            *(f"Environment={_quote(variable)}" for variable in kept),
+            "WorkingDirectory=/",
+            "Restart=on-failure",
+            "RestartSec=2",
+            "# The server only: machines outlive it, and one that lacked memory ends alone.",
+            "KillMode=process",
+            "OOMPolicy=continue",
+            "",
+            "[Install]",
+            "WantedBy=default.target",
+            "",
+            "[X-Lumed]",
+            f"X-Home={home.root}",
+            "",
+        )
+    )
+
+
+def _quote(word: str) -> str:
+    """A word as systemd.syntax(7) has it; % begins a specifier."""
+    if re.fullmatch(r"[A-Za-z0-9_@:=,./+-]+", word):
+        return word
+    text = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'
+
+
+def _plan_command(
+    home: Home, named: bool, port: int, serve_options: tuple[str, ...]
+) -> tuple[str, ...]:
+    # A home that was not named has its settings elsewhere, see settings.settings_path.
+    where = ("--home", str(home.root)) if named else ()
+    python = (sys.executable, "-m", "lumed")
+    return (*python, "serve", "--port", str(port), *where, *serve_options)
+
+
+def _unit_path() -> Path:
+    config = os.environ.get("XDG_CONFIG_HOME") or ""
+    # The specification has relative paths ignored.
+    folder = Path(config) if config.startswith("/") else Path.home() / ".config"
+    return folder / "systemd" / "user" / UNIT
+
+
+def _read(unit: Path) -> str:
+    try:
+        return unit.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _read_home(unit_text: str) -> str | None:
+    found = _HOME_LINE.search(unit_text)
+    return None if found is None else found[1]
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TOOL_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        said = f"{program} {' '.join(arguments)}"
+        raise TimedOut(f"{said} did not end within {_TOOL_S:g} s") from error
+
+
+def _systemctl(*arguments: str) -> None:
+    ended = _run("systemctl", "--user", *arguments)
+    if ended.returncode != 0:
+        said = ended.stderr.strip() or f"status {ended.returncode}"
+        raise LumedError(f"systemctl --user {' '.join(arguments)} failed: {said}")
+
+
+def _ask(*arguments: str) -> str:
+    """What systemctl answers; its status says no more."""
+    return _run("systemctl", "--user", *arguments).stdout.strip()
+
+
+def _is_active() -> bool:
+    return _ask("is-active", UNIT) == "active"
+
+
+def _check_manager(command: tuple[str, ...]) -> None:
+    """Raise NotPossibleHere where no systemd manages this user's services."""
+    if shutil.which("systemctl") is None:
+        reason = "systemd is not here"
+    else:
+        ended = _run("systemctl", "--user", "show-environment")
+        if ended.returncode == 0:
+            return
+        said = ended.stderr.strip() or f"status {ended.returncode}"
+        reason = f"no systemd answers for this user: {said}"
+    # The server writes logs of its own.
+    line = f"{shlex.join(command)} >/dev/null 2>&1"
+    # To cron a % is the end of the line.
+    cron_line = line.replace("%", "\\%")
+    more: tuple[str, ...] = ()
+    if Path("/run/systemd/system").exists():
+        more = (
+            "after su or sudo there is none: log in as this user, or first\n"
+            f"export XDG_RUNTIME_DIR=/run/user/{os.getuid()}",
+        )
+    hints = (
+        *more,
+        "instead, now:",
+        f"nohup {line} &",
+        "and at every boot, as a line of crontab -e:",
+        f"@reboot {cron_line}",
+    )
+    raise NotPossibleHere(f"There can be no service: {reason}", hint="\n  ".join(hints))
+
+
+def _end_other_server(home: Home) -> None:
+    """End the server that runs for the home by other means, such as a command that needed one."""
+    process = _find_server(home)
+    if process is None or process.pid == _main_pid():
+        return
+    send_signal(process, signal.SIGTERM)
+    if not asyncio.run(wait_gone(process, _END_S)):
+        raise TimedOut(f"The server that runs (process {process.pid}) did not end in {_END_S:g} s")
+    say(f"the server that ran (process {process.pid}) is ended; its machines run on")
+
+
+def _main_pid() -> int:
+    told = _ask("show", "-p", "MainPID", "--value", UNIT)
+    return int(told) if told.isdigit() else 0
+
+
+def _find_server(home: Home) -> ProcessId | None:
+    try:
+        told = read_json_object(home.server_json)
+        process = find_process(int(str(told["pid"])))
+    except (OSError, ValueError, KeyError):
+        return None
+    if process is None or process.start_ticks != told.get("startTicks"):
+        return None
+    return process
+
+
+def _find_url(home: Home) -> str | None:
+    try:
+        url = str(read_json_object(home.server_json)["url"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return url if answers(find_socket(home)) else None
+
+
+def _wait_ready(home: Home) -> str:
+    """The URL of the service's server, once it answers."""
+    hint = f"why: journalctl --user -u {UNIT} -n 20"
+    give_up_at = time.monotonic() + _START_S
+    while True:
+        look_again_at = time.monotonic() + _LOOK_S
+        while (url := _find_url(home)) is None and time.monotonic() < look_again_at:
+            time.sleep(0.02)
+        process = _find_server(home)
+        if url is not None and process is not None and process.pid == _main_pid():
+            return url
+        if _ask("show", "-p", "SubState", "--value", UNIT) in _FAILED:
+            raise LumedError("The server of the service ends at once", hint=hint)
+        if time.monotonic() > give_up_at:
+            raise TimedOut(f"The service was not ready within {_START_S:g} s", hint=hint)
+
+
+def _lingers() -> bool | None:
+    """Whether this user's services run without a log-in; None where nobody knows."""
+    if shutil.which("loginctl") is None:
+        return None
+    told = _run("loginctl", "show-user", getpass.getuser(), "-p", "Linger", "--value")
+    return None if told.returncode != 0 else told.stdout.strip() == "yes"
+
+
+def _offer_linger(wanted: bool) -> None:
+    if _lingers():
+        return
+    if not wanted:
+        say(
+            "it starts when you log in, and ends with your last session, its machines too; "
+            "to have it from the boot on: loginctl enable-linger"
+        )
+        return
+    ended = _run("loginctl", "enable-linger")
+    if ended.returncode != 0:
+        raise LumedError(
+            f"loginctl enable-linger failed: {ended.stderr.strip()}",
+            hint=f"as root: loginctl enable-linger {getpass.getuser()}",
+        )
+    say("it starts at the boot, without a log-in")
+
+
+_WORDS = {True: "yes", False: "no", None: "-"}
