@@ -7,9 +7,8 @@ bounded by the caller, and an input that ends early is an error in every format.
 from __future__ import annotations
 
 import io
-import os
 import struct
-from typing import IO, Protocol, cast
+from typing import Protocol, cast
 
 from lumed.images.formats.plan import Compression
 
@@ -21,10 +20,10 @@ HEAD_BYTES = 18  # the longest header of a zstd frame
 _READ_BYTES = 256 << 10
 _MAX_LZ4_BLOCK_BYTES = 16 << 20
 _LZ4_HISTORY_BYTES = 64 << 10
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _MAGICS = (
     (b"\x1f\x8b\x08", Compression.GZIP),
-    (_ZSTD_MAGIC, Compression.ZSTD),
+    (ZSTD_MAGIC, Compression.ZSTD),
     (b"bv41", Compression.LZ4),
     (b"bv4-", Compression.LZ4),
     (b"bv4$", Compression.LZ4),
@@ -36,16 +35,27 @@ class BadData(Exception):
 
 
 class Decoder(Protocol):
-    """Gives unpacked bytes: up to the buffer's length, 0 at the end. Raises BadData."""
+    """Gives unpacked bytes. Raises BadData."""
 
-    def readinto(self, buffer: memoryview, /) -> int: ...
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Up to the buffer's length of them; 0 at the end."""
+
+    def take_zeros(self, limit: int) -> int:
+        """How many zeros come next that are as well left out, at most limit; readinto gives
+        those that are not taken so.
+        """
 
 
 def find_compression(head: bytes) -> Compression:
     """The compression of a blob that begins with `head` (HEAD_BYTES of it, or all)."""
-    if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
-        return Compression.ZSTD  # a skippable frame first, as pzstd writes it
+    if is_skippable(head):
+        return Compression.ZSTD  # as pzstd writes it
     return next((kind for magic, kind in _MAGICS if head.startswith(magic)), Compression.RAW)
+
+
+def is_skippable(head: bytes) -> bool:
+    """Whether a zstd frame begins so that holds nothing of the content."""
+    return head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50
 
 
 def read_window(head: bytes) -> int:
@@ -63,13 +73,23 @@ def open_decoder(source: io.RawIOBase, compression: Compression, max_window: int
     if compression is Compression.GZIP:
         return _Gzip(source)
     if compression is Compression.ZSTD:
-        return _Zstd(source, max_window)
+        from lumed.images.zstd import ZstdDecoder
+
+        return ZstdDecoder(source, max_window)
     if compression is Compression.LZ4:
         return _AppleLz4(source)
     return _Raw(source)
 
 
-class _Raw:
+class _Bytes:
+    """A decoder that gives all of its bytes."""
+
+    def take_zeros(self, limit: int) -> int:
+        del limit
+        return 0
+
+
+class _Raw(_Bytes):
     def __init__(self, source: io.RawIOBase) -> None:
         self._source = source
 
@@ -77,7 +97,7 @@ class _Raw:
         return self._source.readinto(buffer) or 0
 
 
-class _Gzip:
+class _Gzip(_Bytes):
     """isal: three times as fast as zlib. It checks the sums, and that each member ends."""
 
     def __init__(self, source: io.RawIOBase) -> None:
@@ -95,54 +115,7 @@ class _Gzip:
             raise BadData(f"its gzip stream is damaged: {error}") from error
 
 
-class _Zstd:
-    def __init__(self, source: io.RawIOBase, max_window: int) -> None:
-        import zstandard
-
-        self._errors = zstandard.ZstdError
-        file = cast(IO[bytes], source)  # only read() is called
-        self._stream = zstandard.ZstdDecompressor(max_window_size=max_window).stream_reader(
-            file, read_size=_READ_BYTES, read_across_frames=True
-        )
-
-    def readinto(self, buffer: memoryview, /) -> int:
-        try:
-            return int(self._stream.readinto(buffer))
-        except self._errors as error:
-            raise BadData(f"its zstd stream is damaged: {error}") from error
-
-
-def check_zstd_end(fd: int, size: int) -> None:
-    """Raise BadData unless the zstd frames in a file end where its `size` bytes do.
-
-    The library's reader takes an input that ends in the middle of a frame for the end of the
-    data, so the frames are walked here by their block headers: 30 ms for 4 GiB.
-    RFC 8878, section 3.
-    """
-    at = 0
-    while at < size:
-        head = os.pread(fd, HEAD_BYTES, at)
-        if head[1:4] == b"\x2a\x4d\x18" and len(head) >= 8:
-            at += 8 + int(struct.unpack_from("<I", head, 4)[0])
-            continue
-        if len(head) < 6 or not head.startswith(_ZSTD_MAGIC):
-            break
-        flags = head[4]
-        single = flags >> 5 & 1
-        at += 5 + (1 - single) + (0, 1, 2, 4)[flags & 3] + (single, 2, 4, 8)[flags >> 6]
-        last = 0
-        while not last:
-            if at + 3 > size:
-                raise BadData("its zstd stream is cut off")
-            header = int.from_bytes(os.pread(fd, 3, at), "little")
-            last, kind, length = header & 1, header >> 1 & 3, header >> 3
-            at += 3 + (1 if kind == 1 else length)  # kind 1: one byte, repeated
-        at += 4 * (flags >> 2 & 1)
-    if at != size:
-        raise BadData("its zstd stream is cut off")
-
-
-class _AppleLz4:
+class _AppleLz4(_Bytes):
     """Blocks of "bv41", unpacked and packed length, LZ4; or "bv4-", length, bytes; "bv4$" ends.
 
     Matches may reach 64 KiB back into earlier blocks. Apple's Compression framework, LZ4.

@@ -35,7 +35,6 @@ from lumed.images.decode import (
     USUAL_WINDOW_BYTES,
     BadData,
     Decoder,
-    check_zstd_end,
     find_compression,
     open_decoder,
     read_window,
@@ -251,8 +250,6 @@ class _Pull:
             window = MAX_WINDOW_BYTES if is_wide else USUAL_WINDOW_BYTES
             yield open_decoder(file.open_reader(), kind, window), kind
         file.wait_complete()
-        if kind is Compression.ZSTD:
-            check_zstd_end(fd, file.blob.size_bytes)
 
     def _unpack_parts(self, file: BlobFile, fd: int, parts: Sequence[DiskPart]) -> int:
         told = {(part.size_bytes, part.content_digest) for part in parts}
@@ -296,6 +293,8 @@ class _Pull:
             writer = SparseWriter(self._fd, offsets, limit, hasher, beside)
             while count := decoder.readinto(writer.space()):
                 writer.commit(count)
+                if hasher is None:
+                    writer.skip(decoder.take_zeros(writer.left))
                 self._check()
             return writer.finish()
 

@@ -29,10 +29,11 @@ class Hasher(Protocol):
 class SparseWriter:
     """Writes one stream into a new (all zero) file, at each of `offsets`.
 
-    Fill space(), then commit() what was filled; finish() writes the rest. Blocks of 4 KiB that
-    lie aligned on the disk and hold only zeros are left out. Raises TooLong before anything past
-    `limit` bytes is written. With `beside`, which runs one task at a time, a full buffer is
-    written there while the next one is filled; its end must be waited for whatever happens.
+    Fill space(), then commit() what was filled, or skip() zeros; finish() writes the rest. Blocks
+    of 4 KiB that lie aligned on the disk and hold only zeros are left out. Raises TooLong before
+    anything past `limit` bytes is written. With `beside`, which runs one task at a time, a full
+    buffer is written there while the next one is filled; its end must be waited for whatever
+    happens.
     """
 
     def __init__(
@@ -54,13 +55,17 @@ class SparseWriter:
         self._view = memoryview(self._buffer)
         self._fill = 0
         self._done = 0
-        # The first piece ends early, so that all others begin at a block of the disk.
-        self._until = _BUFFER_BYTES - offsets[0] % BLOCK_BYTES
+        self._until = self._find_until()
 
     @property
     def count(self) -> int:
         """The bytes committed so far."""
         return self._done + self._fill
+
+    @property
+    def left(self) -> int:
+        """The bytes that may still come."""
+        return self._limit - self.count
 
     def space(self) -> memoryview:
         """Where the next bytes go; never empty."""
@@ -73,6 +78,13 @@ class SparseWriter:
             raise TooLong
         if self._fill == self._until:
             self._flush()
+
+    def skip(self, count: int) -> None:
+        """Let `count` bytes stay zero, at most `left`. They are not hashed."""
+        if count:
+            self._flush()
+            self._done += count
+            self._until = self._find_until()
 
     def finish(self) -> int:
         """Write what is left; returns the length of the stream."""
@@ -92,7 +104,11 @@ class SparseWriter:
             self._view = memoryview(self._buffer)
         self._done += self._fill
         self._fill = 0
-        self._until = _BUFFER_BYTES
+        self._until = self._find_until()
+
+    def _find_until(self) -> int:
+        """Where a piece ends, so that the next one begins at a block of the disk."""
+        return _BUFFER_BYTES - (self._offsets[0] + self._done) % BLOCK_BYTES
 
     def _wait_written(self) -> None:
         if self._pending is not None:

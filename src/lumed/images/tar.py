@@ -59,6 +59,12 @@ class TarDisk:
         self._left -= count
         return count
 
+    def take_zeros(self, limit: int) -> int:
+        """Zeros of the file that come next; see Decoder."""
+        count = self._stream.take_zeros(min(limit, self._left))
+        self._left -= count
+        return count
+
     def check_rest(self) -> None:
         """Read to the end: there must be no second disk, and nothing behind the archive."""
         if self.find() is not None:
