@@ -391,6 +391,21 @@ def test_a_disk_that_runs_full_is_told(
         pull(blobs, plan_image(lume_image(blobs, make_disk(3)), b"{}"), tmp_path)
 
 
+def test_a_disk_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, write, disk = MemoryBlobs(), os.pwrite, make_disk(4)
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if Path(f"/proc/self/fd/{fd}").readlink().name == "disk" and offset >= 3 * SLICE:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(OSError, match="Input/output"):
+        pull(blobs, plan_image(lume_image(blobs, disk), b"{}"), tmp_path)
+
+
 def test_an_unknown_format_names_its_types() -> None:
     layer = Descriptor("application/vnd.wasm.content.layer.v1+wasm", digest_of(b""), 0)
     with pytest.raises(RegistryFailed, match=r"vnd\.wasm\.content"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import io
 import os
 import tempfile
@@ -14,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumed.images.decode import open_decoder
+from lumed.images.diskfile import BLOCK_BYTES, DiskFile
 from lumed.images.formats.plan import Compression
-from lumed.images.sparse import BLOCK_BYTES, SparseWriter, TooLong, find_data
+from lumed.images.sparse import SparseWriter, TooLong, find_data
 from tests.doubles import apple_lz4
 
 # Runs of a byte, mostly zeros and mostly around the sizes where something changes.
@@ -40,16 +44,22 @@ def write(
     pieces: list[int],
     beside: ThreadPoolExecutor | None = None,
 ) -> int:
-    writer = SparseWriter(fd, offsets, len(content), beside=beside)
-    at = turn = 0
-    while at < len(content):
-        space = writer.space()
-        count = min(len(space), len(content) - at, pieces[turn % len(pieces)])
-        space[:count] = content[at : at + count]
-        writer.commit(count)
-        at += count
-        turn += 1
-    return writer.finish()
+    """Write content in pieces, of which whole ones of zeros are skipped."""
+    with contextlib.closing(DiskFile(fd)) as disk:
+        writer = SparseWriter(disk, offsets, len(content), beside=beside)
+        at = turn = 0
+        while at < len(content):
+            space = writer.space()
+            count = min(len(space), len(content) - at, pieces[turn % len(pieces)])
+            piece = content[at : at + count]
+            if any(piece):
+                space[:count] = piece
+                writer.commit(count)
+            else:
+                writer.skip(count)
+            at += count
+            turn += 1
+        return writer.finish()
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,7 +83,7 @@ def test_a_stream_lies_on_the_disk_at_each_place(
 @settings(max_examples=60, deadline=None)
 @given(content=CONTENTS, offset=st.one_of(st.just(0), st.integers(0, 5000)))
 def test_data_is_found_in_whole_blocks_of_the_disk(content: bytes, offset: int) -> None:
-    runs = list(find_data(bytearray(content), len(content), offset))
+    runs = list(find_data(bytearray(content), 0, len(content), offset))
     assert all(start < end for start, end in runs)
     assert all(a[1] < b[0] for a, b in pairwise(runs))
     covered = bytearray(len(content))
@@ -93,9 +103,55 @@ def test_zeros_take_no_space(tmp_path: Path) -> None:
         assert os.fstat(file.fileno()).st_blocks * 512 <= 64 << 10
 
 
+@pytest.mark.parametrize("refused", ["open", "pwrite"])
+def test_a_disk_is_written_where_the_page_cache_cannot_be_avoided(
+    refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file, pwrite = os.open, os.pwrite
+    tried = []
+
+    def open_plain(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            tried.append("open")
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return open_file(path, flags, mode)
+
+    def pwrite_plain(fd: int, data: memoryview, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            tried.append("pwrite")
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, refused, open_plain if refused == "open" else pwrite_plain)
+    content = b"x" * 3_000_000
+    with (tmp_path / "disk").open("wb") as file:
+        write(file.fileno(), content, [0], [70_000])
+    assert (tmp_path / "disk").read_bytes() == content
+    assert set(tried) == {refused}
+
+
+@pytest.mark.parametrize("offset", [0, 512])
+def test_whole_blocks_are_written_past_the_page_cache(
+    offset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    written = {True: 0, False: 0}
+
+    def watch(fd: int, data: memoryview, at: int) -> int:
+        written[bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)] += len(data)
+        return pwrite(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", watch)
+    with (tmp_path / "disk").open("wb") as file, contextlib.closing(DiskFile(file.fileno())) as d:
+        if not d.is_direct:
+            pytest.skip("this file system has nothing but the page cache")
+        write(file.fileno(), b"x" * 3_000_000, [offset], [70_000])
+    assert 0 < written[False] < 2 * BLOCK_BYTES
+
+
 def test_nothing_is_written_past_the_limit() -> None:
     with tempfile.TemporaryFile() as file:
-        writer = SparseWriter(file.fileno(), [0], 10)
+        writer = SparseWriter(DiskFile(file.fileno()), [0], 10)
         writer.space()[:11] = b"x" * 11
         with pytest.raises(TooLong):
             writer.commit(11)

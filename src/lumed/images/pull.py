@@ -39,6 +39,7 @@ from lumed.images.decode import (
     open_decoder,
     read_window,
 )
+from lumed.images.diskfile import DiskFile
 from lumed.images.formats.plan import Compression, DiskPart, ImagePlan
 from lumed.images.oci import Descriptor
 from lumed.images.qcow2 import MAX_VIRTUAL_BYTES
@@ -148,6 +149,7 @@ class _Pull:
         self._plan = plan
         self._blobs = blobs
         self._fd = fd
+        self._disk = DiskFile(fd)
         self._stop = stop
         self._failure: BaseException | None = None
         self._report = report
@@ -167,6 +169,8 @@ class _Pull:
                 self._run_placed()
         except BaseException as error:
             self._fail(error)
+        finally:
+            self._disk.close()
         if self._stop.is_set():
             raise Stopped
         if self._failure is not None:
@@ -285,12 +289,8 @@ class _Pull:
         hasher: Hasher | None = None,
     ) -> int:
         """Unpack to the disk at each offset; returns the length."""
-        with contextlib.ExitStack() as stack:
-            beside = None
-            if self._plan.in_tar or len(self._plan.blobs) == 1:
-                # No other blob keeps the second core busy.
-                beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-            writer = SparseWriter(self._fd, offsets, limit, hasher, beside)
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as beside:
+            writer = SparseWriter(self._disk, offsets, limit, hasher, beside)
             while count := decoder.readinto(writer.space()):
                 writer.commit(count)
                 if hasher is None:
