@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lumed.images.diskfile import BLOCK_BYTES, DiskFile, find_page
 
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 2 << 20
 _STRIDE_BYTES = 64 << 10
 _ZERO_STRIDE = bytes(_STRIDE_BYTES)
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
