@@ -91,6 +91,14 @@ def _sync(path: Path, flags: int) -> None:
         os.close(fd)
 
 
+def write_all(fd: int, data: memoryview, at: int) -> None:
+    """pwrite(2) all of `data`."""
+    while data:
+        count = os.pwrite(fd, data, at)
+        data = data[count:]
+        at += count
+
+
 def check_free_space(
     directory: Path, needed_bytes: int, what: str, *, where: str | None = None
 ) -> None:

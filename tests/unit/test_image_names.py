@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ from lumed.images.names import ImageNames
 from lumed.images.record import CachedImage
 from lumed.model.image import ImageAbout
 from lumed.model.vm import Architecture, Display
+from lumed.service.library import Library
+from lumed.settings import Settings
+from lumed.store.index import VmIndex
+from lumed.store.layout import Home
+from lumed.store.locations import Locations
 
 
 async def _make(cache: ImageCache, image_id: str = "x") -> CachedImage:
@@ -79,6 +85,19 @@ async def test_an_image_that_a_vm_links_or_is_being_made_from_stays(tmp_path: Pa
         pass
 
 
+async def test_an_image_that_vanishes_while_it_is_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ImageCache(tmp_path / "images", {})
+    await _make(cache, "gone")
+    await _make(cache, "there")
+    found = cache.list_images()
+    cache.remove(found[0])
+    monkeypatch.setattr(cache, "list_images", lambda: found)
+    library = Library(cache, VmIndex(Locations(Home(tmp_path), Settings())))
+    assert [view.id for view in await library.list_images()] == ["there"]
+
+
 async def test_a_removal_that_was_killed_is_swept(tmp_path: Path) -> None:
     cache = ImageCache(tmp_path, {})
     image = await _make(cache)
@@ -86,3 +105,16 @@ async def test_a_removal_that_was_killed_is_swept(tmp_path: Path) -> None:
     image.directory.rename(tmp_path / ".staging" / "doomed")
     assert await cache.sweep() == 1
     assert list((tmp_path / ".staging").iterdir()) == []
+
+
+async def test_a_download_that_nobody_goes_on_with_is_swept_after_two_weeks(tmp_path: Path) -> None:
+    cache = ImageCache(tmp_path / "images", {})
+    old, new = cache.blobs / "sha256/aa", cache.blobs / "sha512/bb"
+    for file, days in ((old, 15), (new, 13)):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"part")
+        at = time.time() - days * 86_400
+        os.utime(file, (at, at))
+    await cache.sweep()
+    assert not old.exists()
+    assert new.exists()

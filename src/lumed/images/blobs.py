@@ -23,7 +23,7 @@ from typing import Protocol
 
 from lumed.claim import try_lock_byte
 from lumed.errors import RegistryFailed
-from lumed.files import full_disk_is_no_space
+from lumed.files import full_disk_is_no_space, write_all
 from lumed.images.oci import ConnectionLost, Descriptor
 
 _CHUNK_BYTES = 1 << 20
@@ -187,7 +187,7 @@ class BlobFile:
                                 f"{self.blob.digest}"
                             )
                         hasher.update(buffer[:count])
-                        _write_all(self._fd, buffer[:count], at)
+                        write_all(self._fd, buffer[:count], at)
                         at += count
                         self.done_bytes = at
                         if readable:
@@ -279,17 +279,27 @@ def drop_blob(directory: Path, blob: Descriptor) -> None:
     _drop_idle(get_blob_path(directory, blob), dry_run=False)
 
 
-def drop_idle_blobs(directory: Path, *, dry_run: bool = False) -> int:
-    """Remove what nobody uses, of whatever kind of sum; the bytes that this frees, or would."""
-    return sum(_drop_idle(path, dry_run=dry_run) for path in directory.glob("sha*/*"))
+def drop_idle_blobs(
+    directory: Path, *, dry_run: bool = False, untouched_s: float | None = None
+) -> int:
+    """Remove what nobody uses, of whatever kind of sum; the bytes that this frees, or would.
+
+    untouched_s: only what nobody has written to for so long.
+    """
+    before = None if untouched_s is None else time.time() - untouched_s
+    return sum(
+        _drop_idle(path, dry_run=dry_run, before=before) for path in directory.glob("sha*/*")
+    )
 
 
-def _drop_idle(path: Path, *, dry_run: bool) -> int:
+def _drop_idle(path: Path, *, dry_run: bool, before: float | None = None) -> int:
     try:
         fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return 0
     try:
+        if before is not None and os.fstat(fd).st_mtime >= before:
+            return 0
         if not try_lock_byte(fd, fcntl.F_WRLCK, _USING):
             return 0
         if not dry_run:
@@ -297,10 +307,3 @@ def _drop_idle(path: Path, *, dry_run: bool) -> int:
         return os.fstat(fd).st_blocks * 512
     finally:
         os.close(fd)
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, at)
-        data = data[count:]
-        at += count

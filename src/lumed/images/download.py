@@ -22,7 +22,7 @@ from urllib.parse import urljoin
 
 from lumed.claim import RunLock, take_lock
 from lumed.errors import RegistryFailed
-from lumed.files import check_free_space, full_disk_is_no_space
+from lumed.files import check_free_space, full_disk_is_no_space, write_all
 from lumed.images.connection import Connection, parse_url
 from lumed.images.oci import ConnectionLost
 from lumed.threads import Stopped
@@ -188,7 +188,7 @@ class _Download:
             while count := connection.read_into(reply, self._buffer):
                 self._check()
                 self._hasher.update(self._buffer[:count])
-                _write_all(self._fd, self._buffer[:count], self._at)
+                write_all(self._fd, self._buffer[:count], self._at)
                 self._at += count
                 self._moved(total)
             if reply.length or (total and self._at < total):
@@ -275,10 +275,3 @@ def _pauses() -> Iterator[float | None]:
 def _pause(seconds: float, stop: threading.Event) -> None:
     if stop.wait(seconds):
         raise Stopped
-
-
-def _write_all(fd: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, at)
-        data = data[count:]
-        at += count

@@ -36,6 +36,7 @@ from typing import TypeVar
 from lumed.errors import LumedError, NotFound, WrongState
 from lumed.files import full_disk_is_no_space, sync_dir, sync_file, write_atomic
 from lumed.images.architecture import find_architecture_of
+from lumed.images.blobs import drop_idle_blobs
 from lumed.images.copy import copy_image
 from lumed.images.inspect import find_format, inspect_disk_blocking, open_image, refuse
 from lumed.images.names import ImageNames
@@ -50,6 +51,7 @@ _STAGING = ".staging"
 _NAMES = ".names"
 # Copies, pulls and pushes: threads of their own, since they last longer than a request.
 _LONG_WORK_AT_ONCE = 4
+_KEEP_DOWNLOADS_S = 14 * 86_400.0
 
 # Stage, bytes done, bytes to do (0, 0: unknown); called in the event loop.
 Report = Callable[[str, int, int], None]
@@ -220,7 +222,12 @@ class ImageCache:
         shutil.rmtree(doomed, ignore_errors=True)
 
     async def sweep(self) -> int:
-        """Remove what killed servers left half made; returns how many there were."""
+        """Remove what killed servers left half made, and downloads that were given up long ago.
+
+        Returns how many images were half made.
+        """
+        drop = partial(drop_idle_blobs, self.blobs, untouched_s=_KEEP_DOWNLOADS_S)
+        await run_to_end(drop)
         return await run_to_end(partial(sweep_staging, self._directory / _STAGING))
 
     @contextlib.asynccontextmanager

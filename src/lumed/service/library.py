@@ -63,7 +63,11 @@ class Library:
     def _list(self) -> list[ImageView]:
         names = self._cache.names.read_all()
         users = self._find_users()
-        views = (_view(image, names, users) for image in self._cache.list_images())
+        views = []
+        for image in self._cache.list_images():
+            # Somebody may remove it just now.
+            with contextlib.suppress(FileNotFoundError):
+                views.append(_view(image, names, users))
         return sorted(views, key=lambda view: (view.names, view.id))
 
     def _find_users(self) -> dict[Path, list[str]]:
