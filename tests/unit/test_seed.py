@@ -207,6 +207,25 @@ def test_guests_of_systemd_name_themselves_to_dhcp_servers_by_their_card(tmp_pat
     assert file.read_text() == "theirs"
 
 
+@pytest.mark.parametrize("has_bash", [True, False])
+def test_the_user_gets_bash_where_there_is_one(tmp_path: Path, has_bash: bool) -> None:
+    config = yaml.safe_load(user_data(dataclasses.replace(A_SEED, shares=())))
+    assert "shell" not in config["users"][1]
+    command = config["bootcmd"][1].replace("/bin/bash", f"{tmp_path}/bin/bash")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "tools").mkdir()
+    useradd = tmp_path / "tools/useradd"
+    useradd.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/called\n')
+    useradd.chmod(0o755)
+    if has_bash:
+        (tmp_path / "bin/bash").touch(mode=0o755)
+    run_in(tmp_path, command)
+    if has_bash:
+        assert (tmp_path / "called").read_text() == f"-D -s {tmp_path}/bin/bash\n"
+    else:
+        assert not (tmp_path / "called").exists()
+
+
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="/\0")), max_size=6))
 def test_every_mount_point_is_its_own_and_needs_no_quoting(names: list[str]) -> None:
     mounts = plan_mounts([a_share(f"/srv/x/{name}") for name in names])

@@ -51,6 +51,9 @@ _DHCP_COMMAND = (
     "&& printf '[DHCPv4]\nDUIDType=link-layer\n[DHCPv6]\nDUIDType=link-layer\n' "
     f">{_DHCP_FOLDER}/50-lumed.conf; }}"
 )
+# cloud-init makes users after bootcmd, by useradd, which takes /bin/sh unless told; a shell
+# that is named and missing, as bash is in Alpine, would let nobody in.
+_SHELL_COMMAND = "[ ! -x /bin/bash ] || cloud-init-per instance lumed-shell useradd -D -s /bin/bash"
 # Our part is merged over the user's: where both say something the user's value stays, and
 # lists are joined, so that `users` and `bootcmd` of both take effect.
 _MERGE_TYPE = "dict(no_replace,recurse_list)+list(append)+str()"
@@ -203,7 +206,6 @@ def _our_config(seed: Seed, *, keep_default_user: bool) -> str:
         f"- name: {json.dumps(seed.user)}",
         f"  plain_text_passwd: {json.dumps(seed.password)}",
         "  lock_passwd: false",
-        "  shell: /bin/bash",
         "  groups: sudo",
         '  sudo: "ALL=(ALL) NOPASSWD:ALL"',
     ]
@@ -211,7 +213,7 @@ def _our_config(seed: Seed, *, keep_default_user: bool) -> str:
         lines.append("  ssh_authorized_keys:")
         lines += [f"  - {json.dumps(key.strip())}" for key in seed.ssh_keys]
     commands = [_MACHINE_ID_COMMAND] if seed.is_clone else []
-    commands += [_DHCP_COMMAND, *map(_mount_command, plan_mounts(seed.shares))]
+    commands += [_DHCP_COMMAND, _SHELL_COMMAND, *map(_mount_command, plan_mounts(seed.shares))]
     lines.append("bootcmd:")
     lines += [f"- {json.dumps(command)}" for command in commands]
     return "\n".join(lines) + "\n"
