@@ -17,7 +17,7 @@ from lumed.claim import is_written_by_qemu
 from lumed.errors import WrongState
 from lumed.files import check_free_space
 from lumed.images.qcow2 import UnfitImage
-from lumed.threads import Stopped as Stopped
+from lumed.threads import Stopped
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2); not in Python's fcntl before 3.12
 _STEP_BYTES = 16 << 20

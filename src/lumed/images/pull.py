@@ -24,7 +24,6 @@ from lumed.files import check_free_space, full_disk_is_no_space
 from lumed.images.blobs import (
     BlobFile,
     BlobSource,
-    BlobStream,
     count_found,
     drop_blob,
     get_blob_path,
@@ -47,15 +46,6 @@ from lumed.images.sparse import Hasher, SparseWriter, TooLong
 from lumed.images.tar import TarDisk
 from lumed.threads import Stopped
 from lumed.units import describe_size
-
-__all__ = [
-    "BlobSource",
-    "BlobStream",
-    "Stopped",
-    "drop_blobs",
-    "needed_bytes",
-    "pull_disk",
-]
 
 # Unpacking takes a core each; more than four only take turns at the disk and the line.
 BLOBS_AT_ONCE = max(2, min(4, os.cpu_count() or 2))

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from lumed.files import full_disk_is_no_space
 from lumed.images.auth import Credentials
+from lumed.images.blobs import BlobStream
 from lumed.images.formats.plan import ImagePlan
 from lumed.images.formats.recognise import find_config, plan_image
 from lumed.images.local import Accept, BuiltImage, ImageCache, Report
 from lumed.images.oci import Descriptor, Manifest
-from lumed.images.pull import BlobStream, drop_blobs, pull_disk
+from lumed.images.pull import drop_blobs, pull_disk
 from lumed.images.record import CachedImage
 from lumed.images.reference import ImageReference
 from lumed.images.registry import Registry

@@ -8,9 +8,11 @@ the catalog.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lumed.errors import InvalidField
 from lumed.files import expand_path
@@ -23,6 +25,9 @@ from lumed.model.image import ImageAbout
 from lumed.model.vm import Architecture, Firmware, GuestOs
 from lumed.service.operations import RunningOperation
 from lumed.settings import Settings, catalog_path
+
+if TYPE_CHECKING:
+    from lumed.images.catalog import Catalog
 
 # Raises MissingDependency or InvalidField if this host cannot run such a machine.
 CheckMachine = Callable[[Architecture, Firmware], Awaitable[None]]
@@ -76,12 +81,9 @@ class Sources:
         return await self._choose_vendor(name, field)
 
     async def _choose_vendor(self, name: str, field: str) -> Source:
-        # With its HTTP client: only when needed.
-        from lumed.images.catalog import get_vendor_image, read_catalog
-
         settings = self._settings()
         extra = None if settings.path is None else catalog_path(settings.path)
-        catalog = await asyncio.to_thread(read_catalog, extra, settings.mirrors)
+        catalog = await asyncio.to_thread(_read_catalog, extra, settings.mirrors)
         if not catalog.knows(name):
             known = ", ".join(
                 catalog.find_close(name) or (*sorted(self._cache.builtin_names), *catalog.names)
@@ -91,6 +93,8 @@ class Sources:
                 f"{name!r:.80} is not known; known are {known}, "
                 "a path, or a full reference such as ghcr.io/org/name:tag",
             )
+        from lumed.images.catalog import get_vendor_image
+
         image = catalog.get(name, Architecture.AMD64)
         return Source(image.name, partial(get_vendor_image, self._cache, image))
 
@@ -125,7 +129,7 @@ class Sources:
             if about.os is GuestOs.LINUX:
                 await self._check_machine(about.architecture, Firmware.UEFI)
 
-        # With its HTTP client and decoders: only when needed.
+        await asyncio.to_thread(_import_remote)
         from lumed.images.remote import fetch_image
 
         return await fetch_image(
@@ -136,6 +140,18 @@ class Sources:
             accept=look,
             report=report,
         )
+
+
+def _read_catalog(extra: Path | None, mirrors: Mapping[str, str]) -> Catalog:
+    # With its HTTP client: only when needed, and 0.1 s that the event loop need not wait.
+    from lumed.images.catalog import read_catalog
+
+    return read_catalog(extra, mirrors)
+
+
+def _import_remote() -> None:
+    """With its HTTP client and decoders; see above."""
+    import lumed.images.remote  # noqa: F401
 
 
 def _at_hand(name: str, image: CachedImage) -> Source:

@@ -136,26 +136,26 @@ def plan_push(
     credentials = make_credentials(request.username, request.password)
 
     async def work(operation: RunningOperation) -> None:
-        # With its HTTP client and compressors: only when needed.
-        from lumed.images.manifests import PushSource
-        from lumed.images.push import push_image
-        from lumed.images.registry import Registry
-
-        source = PushSource(
-            disk=vm_dir.disk,
-            os=config.os,
-            cpu_count=config.cpu_count,
-            memory_bytes=config.memory_bytes,
-            display=config.display,
-            network=config.network,
-            architecture=config.architecture,
-            firmware=config.firmware,
-            uefi_vars=vm_dir.uefi_vars if vm_dir.uefi_vars.exists() else None,
-        )
         stop = threading.Event()
         report = in_loop(operation.report)
 
         def push() -> str:
+            # With its HTTP client and compressors: only when needed, and not in the loop.
+            from lumed.images.manifests import PushSource
+            from lumed.images.push import push_image
+            from lumed.images.registry import Registry
+
+            source = PushSource(
+                disk=vm_dir.disk,
+                os=config.os,
+                cpu_count=config.cpu_count,
+                memory_bytes=config.memory_bytes,
+                display=config.display,
+                network=config.network,
+                architecture=config.architecture,
+                firmware=config.firmware,
+                uefi_vars=vm_dir.uefi_vars if vm_dir.uefi_vars.exists() else None,
+            )
             with Registry(
                 references[0].registry,
                 credentials=credentials,
