@@ -60,7 +60,8 @@ class _Blocks:
     def __init__(self, source: io.RawIOBase) -> None:
         self.left_out = 0
         self._source = io.BufferedReader(source, _READ_BYTES)
-        self._out = bytearray()
+        self._out: list[bytes] = []
+        self._out_bytes = 0
         self._pieces = self._filter()
 
     def read(self, size: int, /) -> bytes:
@@ -94,16 +95,16 @@ class _Blocks:
             if zeros >= window and is_zero and not last:
                 held += size
             elif zeros >= window and repeats and not last:
-                self._out += head + body
+                self._put(head, body)
             else:
                 yield from self._leave_out(held, window)
                 held = 0
                 zeros = zeros + size if is_zero else 0
-                self._out += head + body
+                self._put(head, body)
             if held > _MOST_HELD_BYTES:
                 yield from self._leave_out(held, window)
                 held = 0
-            if len(self._out) >= _READ_BYTES:
+            if self._out_bytes >= _READ_BYTES:
                 yield from self._flush()
         self._take(sum_bytes)
 
@@ -119,7 +120,7 @@ class _Blocks:
             # The window was as long as the content, of which two bytes count from 256 on.
             length += 256 if length_bytes == 2 else 0
             descriptor = bytes([max(0, (length - 1).bit_length() - 10) << 3 & 0xFF])
-        self._out += ZSTD_MAGIC + bytes([flags & 0b1011]) + descriptor + dictionary
+        self._put(ZSTD_MAGIC, bytes([flags & 0b1011]), descriptor, dictionary)
         base = 1 << 10 + (descriptor[0] >> 3)
         return base + base // 8 * (descriptor[0] & 7), 4 * (flags >> 2 & 1)
 
@@ -130,13 +131,19 @@ class _Blocks:
             self.left_out += zeros - kept
         while kept:
             size = min(kept, window, _MOST_BLOCK_BYTES)
-            self._out += (size << 3 | _RLE << 1).to_bytes(3, "little") + b"\0"
+            self._put((size << 3 | _RLE << 1).to_bytes(3, "little"), b"\0")
             kept -= size
+
+    def _put(self, *parts: bytes) -> None:
+        self._out += parts
+        self._out_bytes += sum(map(len, parts))
 
     def _flush(self) -> Iterator[bytes]:
         if self._out:
-            piece, self._out = self._out, bytearray()
-            yield bytes(piece)
+            piece = b"".join(self._out)
+            self._out.clear()
+            self._out_bytes = 0
+            yield piece
 
     def _take(self, count: int) -> bytes:
         data = self._source.read(count)
