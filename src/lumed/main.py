@@ -19,10 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `lume` command. Failures are a sentence on stderr and an exit status."""
     from cyclopts import CycloptsError
 
-    app = build_cli(Commands(serve=_serve, doctor=_doctor))
+    words = keep_command_apart(sys.argv[1:] if argv is None else argv)
+    app = build_cli(Commands(serve=_serve, doctor=_doctor), words)
     try:
-        tokens = keep_command_apart(sys.argv[1:] if argv is None else argv)
-        result = app(tokens, exit_on_error=False, print_error=True)
+        result = app(words, exit_on_error=False, print_error=True)
         sys.stdout.flush()
     except BrokenPipeError:
         _leave_stdout()

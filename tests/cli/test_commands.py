@@ -185,7 +185,7 @@ def test_a_wrong_command_line_is_status_64(
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    app = build_cli(Commands(serve=lambda options: 0, doctor=lambda home: 0))
+    app = build_cli(Commands(serve=lambda options: 0, doctor=lambda home: 0), [])
     commands: list[tuple[str, ...]] = [(name,) for name in app if name.isalpha()]
     assert len(commands) > 20
     for group in ("config", "image"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,16 +12,22 @@ from cyclopts import App, Group, Parameter, validators
 from lumed import __version__
 from lumed.cli.link import DEFAULT_PORT
 
-_LAZY = {
-    "vms": ("create", "ls", "get", "set", "clone", "stop", "shutdown", "restart", "delete"),
-    "run": ("run",),
-    "look": ("attach", "screenshot", "logs"),
-    "ssh": ("ssh", "cp"),
-    "completion": ("completion",),
-    "service": ("service",),
-    "images": ("pull", "push", "convert", "images", "prune", "image"),
-    "config": ("config",),
-    "apple": ("setup", "ipsw", "sip"),
+_MACHINES = Group.create_ordered("Machines")
+_IMAGES = Group.create_ordered("Images")
+_HOST = Group.create_ordered("This host")
+_APPLE = Group.create_ordered("Of Apple hosts only")
+
+# By module of this package; imported when one is called, since `lume ls` has no use for the rest.
+_COMMANDS = {
+    "vms": (_MACHINES, "create ls get set clone stop shutdown restart delete"),
+    "run": (_MACHINES, "run"),
+    "look": (_MACHINES, "attach screenshot logs"),
+    "ssh": (_MACHINES, "ssh cp"),
+    "images": (_IMAGES, "pull push convert images prune image"),
+    "config": (_HOST, "config"),
+    "service": (_HOST, "service"),
+    "completion": (_HOST, "completion"),
+    "apple": (_APPLE, "setup ipsw sip"),
 }
 _FUNCTIONS = {"set": "set_", "image": "image_app", "config": "config_app", "service": "service_app"}
 
@@ -54,8 +60,8 @@ class Commands:
     doctor: Callable[[Path | None], int]
 
 
-def build_cli(commands: Commands) -> App:
-    """The command line over some work."""
+def build_cli(commands: Commands, words: Sequence[str]) -> App:
+    """The command line over some work, for these words."""
     app = App(
         name="lume",
         help="Local virtual machines for programs: the Lume API on Linux.",
@@ -63,7 +69,7 @@ def build_cli(commands: Commands) -> App:
         result_action="return_value",
     )
 
-    @app.command
+    @app.command(group=_HOST)
     def serve(
         *,
         port: Annotated[
@@ -115,7 +121,7 @@ def build_cli(commands: Commands) -> App:
             )
         )
 
-    @app.command
+    @app.command(group=_HOST)
     def doctor(
         *,
         home: Annotated[Path | None, Parameter(help="home directory (or LUME_HOME)")] = None,
@@ -126,8 +132,12 @@ def build_cli(commands: Commands) -> App:
         """
         return commands.doctor(home)
 
-    for place, names in _LAZY.items():
-        for name in names:
-            # Imported when it is called: `lume ls` has no use for the rest.
-            app.command(f"lumed.cli.{place}:{_FUNCTIONS.get(name, name)}", name=name)
+    for module, (group, names) in _COMMANDS.items():
+        for name in names.split():
+            place = f"lumed.cli.{module}:{_FUNCTIONS.get(name, name)}"
+            app.command(place, name=name, group=group)
+    if not words or words[0] in ("--help", "-h"):
+        # The list of all commands shows their texts only if they are there.
+        for name in app:
+            _ = app[name]
     return app
