@@ -146,7 +146,7 @@ def test_images(lume: Lume) -> None:
     images = json.loads(lume("image", "ls", "--format", "json"))
     assert [image["vms"] for image in images if image["name"] == "tiny"] == [["user"]]
     assert "rests on" in lume.run("image", "delete", "tiny", status=1).stderr
-    assert lume("prune", "--dry-run") == ""
+    assert "tiny" not in lume("prune", "--dry-run").split()
     pushed = lume("push", "user", "img:1", "--dry-run", "--registry", "r:5000").split()
     assert pushed[0].startswith("r:5000/")
     assert pushed[0].endswith("/img:1")
