@@ -107,15 +107,9 @@ def test_the_second_server_of_a_home_says_where_the_first_listens(server: Server
 class Torture:
     """Random actions on one VM, a SIGKILL at a random moment of each, and what must hold then."""
 
-    def __init__(self, server: Server, seed: int, image: Path) -> None:
+    def __init__(self, server: Server, seed: int, victim: dict[str, Any]) -> None:
         self.server = server
-        # Nothing boots from it, so the victims leave the cores to the server.
-        self.victim: dict[str, Any] = {
-            "name": "victim",
-            **SMALL,
-            "image": str(image),
-            "firmware": "bios",
-        }
+        self.victim = {"name": "victim", **victim}
         self.random = random.Random(seed)  # noqa: S311
         self.done: dict[str, int] = {}
 
@@ -124,7 +118,7 @@ class Torture:
         vms = {vm["name"]: vm for vm in self.server.call("GET", "/vms", 200)}
         vm = vms.get("victim")
         if vm is None and self.random.random() < 0.7:
-            # On a busy machine hardly a create is done before its kill, and nothing else would be.
+            # On a busy machine hardly a create ends before its kill, and nothing else would be.
             vm = self.server.create(**self.victim)
         action, method, path, body = self._choose(vm)
         self.done[action] = self.done.get(action, 0) + 1
@@ -180,11 +174,13 @@ def torture(home: Path, cache: Path, hits: int, seed: int) -> dict[str, int]:
     """So many kills on a home of their own; how many of each action there were."""
     blank = home.with_suffix(".qcow2")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", blank, "64M"], check=True)
+    # Nothing boots from it: guests that each new server asks anew would cost more than the servers.
+    machine = {**SMALL, "image": str(blank), "firmware": "bios"}
     with running_server(home, cache) as server:
-        server.create("bystander")
+        server.create("bystander", **machine)
         bystander = server.run("bystander")
         pid = server.machine_pid("bystander")
-        torture = Torture(server, seed, blank)
+        torture = Torture(server, seed, machine)
         for _ in range(hits):
             torture.hit()
             server.start()
