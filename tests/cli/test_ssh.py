@@ -40,6 +40,10 @@ def test_what_comes_after_the_name_is_the_guests(typed: str, parsed: str) -> Non
     assert keep_command_apart(typed.split()) == parsed.split()
 
 
+def test_a_mistyped_option_is_not_sent_to_the_guest(tmp_path: Path) -> None:
+    assert main(["ssh", "--home", str(tmp_path), "web", "--usr", "root"]) == 64
+
+
 @pytest.mark.parametrize("folder", ["home", 'a b%h"q\\', "-o"])
 def test_ssh_reads_the_options_as_they_are_meant(folder: str, tmp_path: Path) -> None:
     home = Home(tmp_path / folder)

@@ -96,7 +96,7 @@ class Login:
 def ssh(
     name: VmName,
     /,
-    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    *command: str,
     user: User = "lume",
     password: Password = "lume",  # noqa: S107 - what the seed gives every guest
     timeout: Timeout = 60,
