@@ -147,6 +147,15 @@ def test_without_systemd_it_says_what_to_do_instead(
     assert not (tmp_path / "config").exists()
 
 
+def test_what_is_no_option_of_serve_is_said_before_anything_is_done(
+    systemd: Systemd, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["service", "install", "--prot", "5"]) == 64
+    assert main(["service", "install", "5"]) == 1
+    assert "5 is no option of lume serve" in capfd.readouterr().err
+    assert not systemd.unit.exists()
+
+
 def test_the_unit_says_what_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUME_ACCEL", "100%$x")
     lines = plan_unit(("/p", "--home", '/a b%h"$HOME\\'), Home(Path("/a b"))).splitlines()

@@ -51,9 +51,7 @@ service_app = App(name="service", help="Keep a server running, as a systemd user
 
 @service_app.command
 def install(
-    *serve_options: Annotated[
-        str, Parameter(allow_leading_hyphen=True, help="behind --: more for lume serve")
-    ],
+    *serve_options: Annotated[str, Parameter(help="behind --: options of lume serve")],
     port: Annotated[
         int, Parameter(help="TCP port of the API", validator=validators.Number(gte=1, lte=65535))
     ] = DEFAULT_PORT,
@@ -70,6 +68,10 @@ def install(
 
     Example: lume service install -- --compat-port 7778
     """
+    if serve_options and not serve_options[0].startswith("-"):
+        raise InvalidField(
+            f"{serve_options[0]} is no option of lume serve", hint="look: lume serve --help"
+        )
     found, named = find_home(home)
     command = _plan_command(found, named, port, serve_options)
     _check_manager(command)
