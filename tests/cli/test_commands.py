@@ -308,3 +308,34 @@ def test_a_server_that_goes_away_in_the_middle_is_a_sentence(
         assert running.returncode == 1
         assert "lume: The server" in said
         assert "Traceback" not in said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize(
+    ("options", "said"), [("size=4k", "Not enough space"), ("ro", "Read-only")]
+)
+def test_a_home_without_space_is_a_sentence(tmp_path: Path, options: str, said: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", tmp_path], check=True)
+    try:
+        if options != "ro":
+            (tmp_path / "filler").write_bytes(bytes(4096))
+        ended = Lume(tmp_path / "home").run("ls", status=1)
+        assert said in ended.stderr
+        assert ended.stderr.count("\n") <= 2
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=False)
+
+
+def test_ctrl_c_cancels_what_is_under_way_and_leaves_nothing(lume: Lume, server: Server) -> None:
+    with lume.start("image", "build", "debian:12") as building:
+        give_up_at = time.monotonic() + 30
+        while not server.call("GET", "/operations?status=running&action=build", 200):
+            assert time.monotonic() < give_up_at
+            time.sleep(0.05)
+        building.send_signal(signal.SIGINT)
+        _, said = building.communicate(timeout=60)
+    assert building.returncode == 130
+    assert said == "lume: cancelling\n"
+    last = server.call("GET", "/operations?action=build", 200)[0]
+    assert last["status"] == "cancelled"
+    assert "debian:12" not in [image["name"] for image in server.call("GET", "/images", 200)]

@@ -19,6 +19,7 @@ from lumed.claim import is_locked
 from lumed.cli.output import say
 from lumed.client.discover import find_home, find_socket
 from lumed.errors import LumedError, TimedOut
+from lumed.files import full_disk_is_no_space
 
 if TYPE_CHECKING:
     from lumed.client.client import Client
@@ -59,7 +60,10 @@ class Link:
             command += ["--home", str(home.root)]
         reader, writer = os.pipe()
         with os.fdopen(reader) as said:
-            with log.open("ab") as errors, os.fdopen(writer, "w") as stdout:
+            with log.open("ab", buffering=0) as errors, os.fdopen(writer, "w") as stdout:
+                with full_disk_is_no_space(home.logs, "start a server"):
+                    # So that a page is there for what it may have to say.
+                    errors.write(b"---\n")
                 started_at = errors.tell()
                 server = subprocess.Popen(
                     command,
@@ -116,5 +120,6 @@ def _did_not_start(log: Path, since: int) -> LumedError:
     with log.open("rb") as file:
         file.seek(since)
         last_words = file.read(4096).decode(errors="replace").strip()
-    said = last_words.removeprefix("lume: ") or "it said nothing"
-    return LumedError(f"The server did not start: {said}")
+    if not last_words:
+        return LumedError("The server did not start", hint="see why, in front: lume serve")
+    return LumedError(f"The server did not start: {last_words.removeprefix('lume: ')}")
