@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingTCPServer
 
@@ -99,26 +101,53 @@ def test_a_guest_that_cannot_be_reached_is_told_from_a_command_that_failed(
         assert told in capfd.readouterr().err
 
 
-def test_a_guest_that_hangs_up_is_a_sentence(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def guest() -> Iterator[tuple[ThreadingTCPServer, list[object]]]:
+    """An SSH server that is busy at the first connection, and hangs up at later ones; and all."""
+    seen: list[object] = []
+
     class HangUp(StreamRequestHandler):
         def handle(self) -> None:
-            self.wfile.write(b"SSH-2.0-x\r\n")
+            seen.append(self)
+            if len(seen) > 1:
+                self.wfile.write(b"SSH-2.0-x\r\n")
 
     with ThreadingTCPServer(("127.0.0.1", 0), HangUp) as guest:
         thread = threading.Thread(target=guest.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        with serve_one_vm(tmp_path, running(("127.0.0.1", guest.server_address[1]))):
-            assert main(["ssh", "--home", str(tmp_path), "web", "true"]) == 255
-            told = capfd.readouterr().err
-            assert main(["cp", "--home", str(tmp_path), "web:x", "y"]) == 1
+        yield guest, seen
         guest.shutdown()
         thread.join(10)
+
+
+def test_a_guest_is_waited_for_and_when_it_hangs_up_that_is_a_sentence(
+    guest: tuple[ThreadingTCPServer, list[object]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    server, connections = guest
+    vm = {**running(("127.0.0.1", server.server_address[1])), "sshAvailable": False}
+    with serve_one_vm(tmp_path, vm):
+        assert main(["ssh", "--home", str(tmp_path), "web", "true"]) == 255
+        told = capfd.readouterr().err
+        # Twice to see whether it answers, and ssh's own.
+        assert len(connections) == 3
+        assert main(["cp", "--home", str(tmp_path), "web:x", "y"]) == 1
     assert told.startswith("lume: ")
     assert "onnection" in told
     assert told.count("\n") == 1
     assert capfd.readouterr().err.startswith("lume: ")
+
+
+def test_a_guest_without_an_ssh_server_is_waited_for_as_long_as_asked(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # It accepts and is silent, as a forward does whose guest does not answer.
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        vm = {**running(silent.getsockname()), "sshAvailable": False}
+        with serve_one_vm(tmp_path, vm):
+            assert main(["ssh", "--home", str(tmp_path), "-t", "1", "web", "true"]) == 255
+    assert "No SSH server answered in web within 1 s" in capfd.readouterr().err
 
 
 def test_ssh_that_is_missing_is_named_with_the_line_that_installs_it(

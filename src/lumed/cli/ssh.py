@@ -7,14 +7,17 @@ ssh settings and agent play no part.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +59,8 @@ Timeout = Annotated[
 # A path too, so that shells complete those of files.
 Side = Annotated[str | Path, Parameter(completer=complete_guest_paths)]
 
+_BANNER_S = 10.0
+_PAUSE_S = 0.2
 SSH_FAILED = 255  # ssh(1), "EXIT STATUS"
 _PACKAGE = "openssh-client"
 _PASSWORD = "LUME_SSH_PASSWORD"  # noqa: S105 - the variable, not the word
@@ -207,15 +212,16 @@ def _find_login(
             raise WrongState(
                 f"{name} has no network", hint="its console: the socket in lume get --format json"
             )
-        try:
-            vm = client.wait_vm(name, "ssh", timeout_s or math.inf)
-        except TimedOut as error:
-            raise TimedOut(
-                error.message, hint=f"has it an SSH server? What it does: lume logs {name}"
-            ) from error
+        give_up_at = time.monotonic() + (timeout_s or math.inf)
+        vm = client.wait_vm(name, "ip", timeout_s or math.inf)
     place = vm.find_forward(22)
     if place is None:
         raise WrongState(f"Nothing leads from here to the SSH server of {name}")
+    if not vm.ssh_available and not _wait_banner(place, give_up_at):
+        raise TimedOut(
+            f"No SSH server answered in {name} within {timeout_s} s",
+            hint=f"what it does: lume logs {name}",
+        )
     address, port = place
     return Login(
         vm=vm,
@@ -225,6 +231,23 @@ def _find_login(
         env=_plan_env(home, password),
         known_hosts=home.known_hosts,
     )
+
+
+def _wait_banner(place: tuple[str, int], give_up_at: float) -> bool:
+    """Wait until an SSH server says its name there (RFC 4253, 4.2).
+
+    lumed's server asks once, and for 0.3 s, which a busy guest in software emulation may exceed.
+    """
+    while (left_s := give_up_at - time.monotonic()) > 0:
+        with contextlib.suppress(OSError):
+            timeout_s = min(left_s, _BANNER_S)
+            with socket.create_connection(place, timeout_s) as connection:
+                connection.settimeout(timeout_s)
+                if connection.recv(4) == b"SSH-":
+                    return True
+        # Nothing tells when a guest begins to listen: its forward accepts from the start.
+        time.sleep(_PAUSE_S)
+    return False
 
 
 def _plan_arguments(
