@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
 import time
@@ -16,33 +14,10 @@ import yaml
 
 from lumed.cli.app import Commands, build_cli
 from tests.cli.conftest import Lume
-from tests.system.harness import LUME, Server, is_running, running_server
+from tests.cli.terminal import run_in_terminal
+from tests.system.harness import Server, is_running, running_server
 
 TINY = ("--image", "tiny", "--cpu", "1", "--memory", "256MB", "--disk-size", "1GB")
-
-
-def run_in_terminal(lume: Lume, *arguments: str, columns: int = 80) -> str:
-    """What a command writes to a terminal of that width."""
-    master, slave = pty.openpty()
-    env = {**lume.environment(), "COLUMNS": str(columns), "TERM": "xterm"}
-    with subprocess.Popen([*LUME, *arguments], stdin=slave, stdout=slave, stderr=slave, env=env):
-        os.close(slave)
-        seen = b""
-        give_up_at = time.monotonic() + 60
-        try:
-            while True:
-                ready, _, _ = select.select([master], [], [], give_up_at - time.monotonic())
-                assert ready, seen
-                try:
-                    chunk = os.read(master, 65536)
-                except OSError:  # EIO: the other end is closed
-                    break
-                if not chunk:
-                    break
-                seen += chunk
-        finally:
-            os.close(master)
-    return seen.decode(errors="replace").replace("\r\n", "\n")
 
 
 def test_a_machines_life_by_commands(lume: Lume, server: Server, tmp_path: Path) -> None:
