@@ -72,6 +72,10 @@ def test_a_guests_life_is_told_and_its_console_followed_without_a_question(
     address = events.wait_for_vm(state="running", ipAddress=None)["ipAddress"]
     assert address.startswith("127.77.")
     console.wait_for_line("ready at")
+    assert events.vms()[-1]["sshAvailable"] is False
+    # After the guest was ready, and nobody looks at the VM.
+    with server.typing("(echo SSH-2.0-late; sleep 60) | nc -l -p 22 -w 60 &"):
+        events.wait_for_vm(state="running", sshAvailable=True)
     with server.typing("poweroff"):
         ended = events.wait_for_vm(state="stopped", lastEnd=None)
     assert ended["lastEnd"]["cause"] == "guest-shutdown"

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lumed.claim import wait_unlocked
-from lumed.errors import LumedError
+from lumed.errors import LumedError, TimedOut
 from lumed.guest.agent import GuestAgent
-from lumed.guest.ready import Ready, ssh_banner, wait_ready
+from lumed.guest.ready import Evidence, Ready, ssh_banner, wait_ready
 from lumed.log import EventLog
 from lumed.machine.driver import (
     AgentOpened,
@@ -39,7 +39,10 @@ _log = EventLog("machine")
 _HEALTHY_FOR_S = 1.0
 _SILENT_AFTER_S = 2.0
 _DRAIN_S = 1.0
+# Within a look. A busy guest in software emulation takes longer.
 _SSH_ANSWERS_IN_S = 0.3
+# After the first sign of the guest; one without an SSH server must not be asked for ever.
+_SSH_COMES_WITHIN_S = 120.0
 # A machine that was paused by a full disk goes on once so much is free again.
 _RESUME_ABOVE_BYTES = 32 * 1024 * 1024
 
@@ -136,10 +139,9 @@ class LiveMachine:
             self.on_change()
 
     async def _look_for_ssh(self) -> None:
-        if self.ssh_available or self.ip_address is None:
-            return
-        place = self._forward_of(22) or (self.ip_address, 22)
-        self.ssh_available = await ssh_banner(*place, _SSH_ANSWERS_IN_S)
+        place = self._ssh_place()
+        if place is not None and not self.ssh_available:
+            self.ssh_available = await ssh_banner(*place, _SSH_ANSWERS_IN_S)
 
     @property
     def ip_address(self) -> str | None:
@@ -241,10 +243,27 @@ class LiveMachine:
         )
         self.on_change()
         _log.info("guest ready", vm=self.vm_dir.name, evidence=self.readiness.evidence.value)
-        # Mostly it is there by now, and who watches does not ask for it.
-        await self._look_for_ssh()
-        if self.ssh_available:
-            self.on_change()
+        await self._wait_ssh(self.readiness)
+
+    async def _wait_ssh(self, readiness: Ready) -> None:
+        """See to it that who watches is told of SSH; looks at the VM find it later, too."""
+        place = self._ssh_place()
+        if place is None:
+            return
+        if readiness.evidence is not Evidence.SSH:
+            try:
+                await wait_ready(
+                    mac=self.record.mac_address, ssh=place, timeout_s=_SSH_COMES_WITHIN_S
+                )
+            except TimedOut:
+                return
+        self.ssh_available = True
+        self.on_change()
+
+    def _ssh_place(self) -> tuple[str, int] | None:
+        if self.ip_address is None:
+            return None
+        return self._forward_of(22) or (self.ip_address, 22)
 
     def _forward_of(self, guest_port: int) -> tuple[str, int] | None:
         forwards = (f for f in self.record.forwards if f.guest_port == guest_port)
