@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,23 @@ def body(host: str, image: str = "tiny:1", **more: object) -> dict[str, Any]:
 
 def start(server: Server, host: str, status: int = 202, **more: Any) -> dict[str, Any]:
     return dict(server.call("POST", "/images/pull", status, json=body(host, **more)))
+
+
+def wait_fetched(server: Server, registry: RunningRegistry, digests: set[str]) -> dict[str, int]:
+    """Wait until the server has written these blobs as a whole; their sizes.
+
+    What a proxy has sent may still be on its way: megabytes of it on a busy machine.
+    """
+    sizes: dict[str, int] = {}
+    give_up_at = time.monotonic() + 30
+    for digest in digests:
+        _, headers, _ = registry.request("HEAD", f"/v2/org/sub/tiny/blobs/{digest}")
+        sizes[digest] = int(headers["Content-Length"])
+        file = server.home / "cache" / "blobs" / "sha256" / digest.removeprefix("sha256:")
+        while not file.exists() or file.stat().st_size < sizes[digest]:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.02)
+    return sizes
 
 
 def test_a_pulled_vm_is_seen_from_acceptance_on_and_boots(
@@ -129,12 +147,13 @@ def test_a_failed_pull_is_told_until_its_name_is_deleted(
 
 
 def test_a_cancelled_pull_frees_the_name_and_goes_on_where_it_was(
-    server: Server, proxy: FaultProxy, slices: list[str]
+    server: Server, proxy: FaultProxy, registry: RunningRegistry, slices: list[str]
 ) -> None:
     go_on = threading.Event()
     proxy.hold("/blobs/" + slices[-1], go_on)
     start(server, proxy.host)
     assert proxy.noticed.wait(20)
+    wait_fetched(server, registry, {slices[0]})
     assert server.call("POST", "/pull/cancel", 200, json={"name": "tiny"})["name"] == "tiny"
     server.call("GET", "/vms/tiny", 404)
     assert server.call("POST", "/pull/cancel", 404, json={"name": "tiny"})["code"] == "not_found"
@@ -151,6 +170,7 @@ def test_a_pull_that_a_killed_server_left_goes_on_where_it_was(
     proxy.hold("/blobs/" + slices[-1], go_on)
     start(server, proxy.host)
     assert proxy.noticed.wait(20)
+    sizes = wait_fetched(server, registry, {*slices} - {slices[-1]})
     server.kill()
     go_on.set()
     server.start()
@@ -159,10 +179,8 @@ def test_a_pull_that_a_killed_server_left_goes_on_where_it_was(
     assert list((server.home / "vms").glob("*")) == []
     assert not any((server.home / "vms" / ".staging").glob("*"))
     server.call("POST", "/pull", 200, json=body(proxy.host))
-    for digest in set(slices):
-        size = int(
-            registry.request("HEAD", f"/v2/org/sub/tiny/blobs/{digest}")[1]["Content-Length"]
-        )
+    assert sizes
+    for digest, size in sizes.items():
         assert proxy.served[digest] <= size + CHUNK
     server.boot("tiny")
 
