@@ -15,6 +15,9 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from lumed import Client
+from lumed.client.errors import ServerUnreachable, Unauthorized
+from lumed.errors import InvalidField
 from tests.registry.world import make_certificate
 from tests.server.test_serve import assert_refused, over_unix_socket, serving
 from tests.system.harness import run_lume
@@ -289,3 +292,30 @@ def test_no_listener_wakes_an_idle_server_up(home: Path, pair: tuple[Path, Path]
                 before = count_wake_ups(server.process.pid)
                 time.sleep(idle_s)
                 quiet = count_wake_ups(server.process.pid) == before
+
+
+def test_the_python_client_shows_a_token_and_trusts_what_it_is_told(
+    home: Path, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("open-sesame\n")
+    token.chmod(0o600)
+    with serving(home, *tls_options(pair), f"--token-file={token}") as server:
+        with Client(server.url, token="open-sesame", ca=pair[0]) as client:
+            assert client.list_vms() == []
+            assert next(iter(client.events())).kind == "reset"
+        for wrong in (None, "open-says-me"):
+            with (
+                Client(server.url, token=wrong, ca=pair[0]) as client,
+                pytest.raises(Unauthorized, match="token"),
+            ):
+                client.list_vms()
+        with (
+            Client(server.url, token="open-sesame") as client,
+            pytest.raises(ServerUnreachable, match="not to be trusted"),
+        ):
+            client.list_vms()
+        with Client(home=home) as client:
+            assert client.list_vms() == []
+    with pytest.raises(InvalidField, match="holds no certificates"):
+        Client("https://localhost:1", ca=token)

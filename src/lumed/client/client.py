@@ -117,13 +117,15 @@ class Client:
         socket: str | Path | None = None,
         home: str | Path | None = None,
         token: str | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         """Nothing is connected yet.
 
-        url: such as "http://localhost:7777"; token: what a server on the network asks for.
+        url: such as "http://localhost:7777"; token: what a server on the network asks for;
+        ca: a file of certificates (PEM) to trust instead of the system's.
         socket, home: a unix socket, or the home whose server is meant (else LUME_HOME, ~/.lume).
         """
-        self._target = choose_target(url, socket, home, token)
+        self._target = choose_target(url, socket, home, token, ca)
         self._http = open_http(self._target)
 
     list_vms = _Verb(calls.list_vms)
@@ -276,9 +278,10 @@ class AsyncClient:
         socket: str | Path | None = None,
         home: str | Path | None = None,
         token: str | None = None,
+        ca: str | Path | None = None,
     ) -> None:
         """See Client."""
-        self._target = choose_target(url, socket, home, token)
+        self._target = choose_target(url, socket, home, token, ca)
         self._http = open_async_http(self._target)
 
     list_vms = _AsyncVerb(calls.list_vms)

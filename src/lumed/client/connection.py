@@ -31,6 +31,7 @@ class Target:
     base_url: str
     socket: Path | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    ca: Path | None = None
 
     @property
     def shown(self) -> str:
@@ -46,12 +47,24 @@ class Target:
     def verify(self) -> ssl.SSLContext | bool:
         """What certificates are checked with; a context with the usual ones takes 50 ms."""
         if self.base_url.startswith("https:"):
-            return True
+            return True if self.ca is None else _trust(self.ca)
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
+def _trust(ca: Path) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        reason = f"{ca} holds no certificates: {error.strerror or error}"
+        raise InvalidField(f"ca: {reason}", fields={"ca": reason}) from error
+
+
 def choose_target(
-    url: str | None, socket: str | Path | None, home: str | Path | None, token: str | None
+    url: str | None,
+    socket: str | Path | None,
+    home: str | Path | None,
+    token: str | None,
+    ca: str | Path | None,
 ) -> Target:
     """Where to connect: a URL, a socket, or the socket of a home's server."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -62,7 +75,7 @@ def choose_target(
                 f"url: {url!r:.80} begins with neither http:// nor https://",
                 fields={"url": "not http"},
             )
-        return Target(f"{base}/lume", None, headers)
+        return Target(f"{base}/lume", None, headers, None if ca is None else Path(ca))
     path = Path(socket) if socket is not None else find_socket(find_home(home)[0])
     return Target("http://localhost/lume", path, headers)
 
@@ -124,6 +137,11 @@ def say_ended(target: Target) -> ServerUnreachable:
 
 def explain_failure(target: Target, method: str, error: httpx2.TransportError) -> LumedError:
     """Why there is no answer."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return ServerUnreachable(
+            f"The certificate of {target.shown} is not to be trusted: {error}",
+            hint="name the one that it shall have: Client(url, ca=FILE)",
+        )
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol):
         return ServerUnreachable(
             f"No server answers on {target.shown}: {error or type(error).__name__}",
