@@ -47,8 +47,9 @@ class Lume:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """A command that goes on."""
+        # Ctrl-C reaches it also where the tests themselves were started to ignore it (nohup).
         return subprocess.Popen(
-            [*LUME, *arguments],
+            ["env", "--default-signal=INT", *LUME, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
