@@ -24,7 +24,7 @@ _CACHE = "LUMED_TEST_CACHE"
 # A worker takes a file at a time, and the next one already with the last two tests of the one
 # before. So the kills (test_restart.py) follow the Debian guest, whose end need not wait for them.
 _SLOWEST = ("test_debian_guest.py", "test_tiny.py", "test_restart.py", "test_life.py")
-_ORDER = ("system", "registry", "qemu", "server")
+_ORDER = ("system", "cli", "registry", "qemu", "server")
 _REAPER = Path(__file__).parent / "reaper.py"
 
 
@@ -91,18 +91,22 @@ def image_cache() -> Path:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """A test runs beside those of the other workers, unless one of them is `alone`."""
     with _lock("turn") as turn, _lock("tests") as tests:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(tests, fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
         item.stash[_LOCKS] = turn, tests
+        _join(turn, tests)
         return (yield)
+
+
+def _join(turn: int, tests: int) -> None:
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    fcntl.flock(tests, fcntl.LOCK_SH)
+    fcntl.flock(turn, fcntl.LOCK_UN)
 
 
 @pytest.fixture
 def alone(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager[None]]:
-    """For what a guest must do against the clock: `with alone():` holds up all other tests.
+    """For what must be done against the clock: `with alone():` holds up all other tests.
 
-    Those that run at its begin are waited for.
+    Those that run at its begin are waited for, unless they `give_way`.
     """
 
     @contextlib.contextmanager
@@ -119,6 +123,18 @@ def alone(request: pytest.FixtureRequest) -> Callable[[], AbstractContextManager
             fcntl.flock(turn, fcntl.LOCK_UN)
 
     return hold_up
+
+
+@pytest.fixture
+def give_way(request: pytest.FixtureRequest) -> Callable[[], None]:
+    """For a long test: called now and then, it lets one that waits to be `alone` go first."""
+
+    def pause() -> None:
+        turn, tests = request.node.stash[_LOCKS]
+        fcntl.flock(tests, fcntl.LOCK_UN)
+        _join(turn, tests)
+
+    return pause
 
 
 @contextlib.contextmanager

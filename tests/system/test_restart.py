@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,9 @@ class Torture:
         )
 
 
-def torture(home: Path, cache: Path, hits: int, seed: int) -> dict[str, int]:
+def torture(
+    home: Path, cache: Path, hits: int, seed: int, give_way: Callable[[], None]
+) -> dict[str, int]:
     """So many kills on a home of their own; how many of each action there were."""
     blank = home.with_suffix(".qcow2")
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", blank, "64M"], check=True)
@@ -183,6 +186,7 @@ def torture(home: Path, cache: Path, hits: int, seed: int) -> dict[str, int]:
         torture = Torture(server, seed, machine)
         for _ in range(hits):
             torture.hit()
+            give_way()
             server.start()
             torture.check(bystander)
         assert server.machine_pid("bystander") == pid
@@ -192,9 +196,9 @@ def torture(home: Path, cache: Path, hits: int, seed: int) -> dict[str, int]:
 
 @pytest.mark.timeout(900)
 def test_a_server_killed_at_any_moment_leaves_nothing_half_done(
-    tmp_path: Path, image_cache: Path
+    tmp_path: Path, image_cache: Path, give_way: Callable[[], None]
 ) -> None:
     hits = int(os.environ.get("LUMED_KILLS", "200"))
     seed = int(os.environ.get("LUMED_SEED", str(os.getpid())))
     print(f"LUMED_SEED={seed}")
-    print(json.dumps(torture(tmp_path / "home", image_cache, hits, seed)))
+    print(json.dumps(torture(tmp_path / "home", image_cache, hits, seed, give_way)))
