@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fastapi import FastAPI
 
-from lumed.errors import TimedOut
+from lumed.errors import MachineFailed, TimedOut
 from lumed.files import write_atomic
 from lumed.http.app import build_app
 from lumed.machine.driver import MachineStatus
@@ -253,6 +253,28 @@ async def test_a_machine_that_falls_silent_is_told_while_somebody_watches(
             patch.setattr(driver.machines[-1], "query_status", be_silent)
             await reader.next_vm("web", state="unresponsive")
         await reader.next_vm("web", state="running")
+
+
+async def test_a_connection_that_closes_at_the_end_is_no_silence(
+    app: FastAPI, client: Client, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def be_gone(_: float) -> MachineStatus:
+        asked.set()
+        raise MachineFailed("QEMU is gone")
+
+    await create(client, "web", image="tiny")
+    async with reading(app, EVENTS) as reader:
+        await run(client, "web", noDisplay=True)
+        await reader.next_vm("web", state="running")
+        monkeypatch.setattr("lumed.service.live._HEALTHY_FOR_S", 0)
+        monkeypatch.setattr(driver.machines[-1], "query_status", be_gone)
+        look = asyncio.create_task(client.get(f"{VMS}/web"))
+        await asyncio.wait_for(asked.wait(), 5)
+        driver.machines[-1].crash()
+        assert (await look).json()["state"] in ("running", "crashed")
+        assert "unresponsive" not in await states_until(reader, "crashed", "running")
 
 
 async def test_64_watchers_hear_of_a_machines_end_at_once(

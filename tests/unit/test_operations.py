@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import pytest
 from lumed.errors import MachineFailed, NotFound, WrongState
 from lumed.model.operation import Operation, OperationStatus
 from lumed.service import operations as module
+from lumed.service import tasks as tasks_module
 from lumed.service.operations import Operations, RunningOperation
 from lumed.service.tasks import TaskOwner
 
@@ -166,6 +168,21 @@ async def test_the_latest_are_kept_and_the_running_ones(
     with pytest.raises(NotFound, match=f"Operation not found: {ended[0]}"):
         operations.get(ended[0])
     assert len((await loaded(tmp_path, tasks)).list_all()) == 3
+
+
+async def test_many_that_end_at_once_forget_old_ones_together(
+    operations: Operations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT", 2)
+    faults: list[object] = []
+    monkeypatch.setattr(tasks_module._log, "exception", lambda *args, **_: faults.append(args))
+    begun = [await operations.start("run", f"vm{number}", nothing) for number in range(40)]
+    # Those that are forgotten by then are over, too.
+    for operation in begun:
+        with contextlib.suppress(NotFound):
+            await operations.wait(operation.id, 10)
+    assert not faults
+    assert len(operations.list_all()) == len(list(tmp_path.glob("*.json"))) == 2
 
 
 async def test_the_newest_come_first(operations: Operations) -> None:

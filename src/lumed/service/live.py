@@ -127,9 +127,14 @@ class LiveMachine:
                 if free.free > _RESUME_ABOVE_BYTES:
                     await machine.resume(_SILENT_AFTER_S)
         except LumedError as error:
+            if not isinstance(error, TimedOut):
+                # A closed connection is mostly the first sign of a machine's end, not silence.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SILENT_AFTER_S):
+                        await self.ended.wait()
             if not self.silent and not self.ended.is_set():
                 _log.warning("machine silent", vm=self.vm_dir.name, error=error)
-            self.silent = True
+            self.silent = not self.ended.is_set()
         else:
             self.silent = False
             self.paused = status is MachineStatus.PAUSED

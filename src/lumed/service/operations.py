@@ -153,7 +153,9 @@ class Operations:
             self._tasks.pop(operation.id, None)
             # A task that is cancelled before its first step runs no line of its own.
             work_done()
-            if not self.get(operation.id).is_over:
+            # It may have been forgotten already: 200 others can end in a moment.
+            known = self._known.get(operation.id)
+            if known is not None and not known.is_over:
                 self.change(operation.id, **_over(OperationStatus.CANCELLED))
 
         task.add_done_callback(settle)
@@ -219,7 +221,8 @@ class Operations:
     async def _forget_old(self) -> None:
         over = [op for op in self.list_all() if op.is_over]
         for operation in over[KEPT:]:
-            del self._known[operation.id]
+            # Another that ends meanwhile forgets some of them too.
+            self._known.pop(operation.id, None)
             self._failures.pop(operation.id, None)
             await asyncio.to_thread(self._file(operation.id).unlink, missing_ok=True)
 
