@@ -186,6 +186,18 @@ def measure_server(lumed: Lumed, runs: int) -> Iterator[Row]:
     yield median_row("memory after one list of 200", memory, 60, unit="MiB")
 
 
+def measure_command(lumed: Lumed, runs: int) -> Iterator[Row]:
+    """`lume ls` as a whole process, with 200 VMs; beside it a Python that does nothing."""
+    samples: Samples = {"lumed": [], "python -c pass": []}
+    home = lumed.home_with_vms(200)
+    with lumed.serve(home):
+        for _ in range(2 * runs):
+            samples["python -c pass"].append(lumed.run_python("-c", "pass"))
+            ls = lumed.run_python("-m", "lumed", "ls", "--no-start", "--home", str(home))
+            samples["lumed"].append(ls)
+    yield median_row("lume ls, 200 VMs", samples, 150)
+
+
 def measure_memory(lumed: Lumed, runs: int) -> Iterator[Row]:
     """What running VMs add to the server's memory; the first one also loads what running needs."""
     del runs
@@ -254,6 +266,7 @@ FIGURES: dict[str, Callable[[Lumed, int], Iterator[Row]]] = {
     "create": measure_create,
     "list": measure_list,
     "server": measure_server,
+    "command": measure_command,
     "memory": measure_memory,
     "idle": measure_idle,
     "events": measure_events,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from lumed.cli.output import Column, clean, plan_table
@@ -42,3 +45,14 @@ def test_nothing_that_drives_a_terminal_gets_through() -> None:
 
 def test_an_empty_cell_is_a_dash() -> None:
     assert plan_table(COLUMNS[:2], [("", "stopped")])[1].split() == ["-", "stopped"]
+
+
+def test_a_command_loads_neither_asyncio_nor_the_server() -> None:
+    code = (
+        "import sys; from lumed.main import main; import lumed.cli.vms, lumed.client.client;"
+        "print(sorted({'asyncio', 'yaml', 'rich', 'fastapi', 'lumed.server'} & set(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert ended.stdout == "[]\n"

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lumed.claim import is_locked
 from lumed.cli.output import say
 from lumed.client.discover import find_home, find_socket
 from lumed.errors import LumedError, TimedOut
@@ -87,6 +86,8 @@ class Link:
 
 def _wait_for_another(home: Home) -> bool:
     """Whether a server that another command has started answers; it may be just starting."""
+    from lumed.claim import is_locked  # with asyncio; hardly ever needed
+
     give_up_at = time.monotonic() + _START_S
     while not answers(find_socket(home)):
         if not is_locked(home.server_lock) or time.monotonic() > give_up_at:
