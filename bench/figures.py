@@ -222,21 +222,21 @@ def measure_events(lumed: Lumed, runs: int) -> Iterator[Row]:
     samples: Samples = {"lumed": [], "last of 64": []}
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(lumed.serve())
-        create(server.client, "bench")
+        create(server.client, "watched")
         streams: list[EventStream] = []
         for who, watchers in (("lumed", 1), ("last of 64", 64)):
             while len(streams) < watchers:
                 streams.append(EventStream(server.url))
                 stack.callback(streams[-1].close)
             for _ in range(runs):
-                server.client.send("POST", _RUN, {})
+                server.client.send("POST", "/lume/vms/watched/run", {})
                 for stream in streams:
-                    stream.wait_for("bench", "running")
-                record = json.loads((lumed.vm_dir("bench") / "run.json").read_bytes())
+                    stream.wait_for("watched", "running")
+                record = json.loads((lumed.vm_dir("watched") / "run.json").read_bytes())
                 started = time.perf_counter()
                 os.kill(record["process"]["pid"], signal.SIGKILL)
                 for stream in streams:
-                    stream.wait_for("bench", "crashed")
+                    stream.wait_for("watched", "crashed")
                 samples[who].append(ms_since(started))
     yield median_row("a machine's end to its watchers", samples, 50)
 

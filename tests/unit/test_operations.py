@@ -185,11 +185,11 @@ async def test_many_that_end_at_once_forget_old_ones_together(
     assert len(operations.list_all()) == len(list(tmp_path.glob("*.json"))) == 2
 
 
-async def test_the_newest_come_first(operations: Operations) -> None:
-    ids = []
-    for number in range(3):
-        ids.append((await run(operations, f"vm{number}")).id)
-        await asyncio.sleep(0.002)  # their times have milliseconds
+async def test_the_newest_come_first_also_of_one_millisecond(
+    operations: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "utc_now", lambda: "2026-01-01T00:00:00.000Z")
+    ids = [(await run(operations, f"vm{number}")).id for number in range(20)]
     assert [operation.id for operation in operations.list_all()] == ids[::-1]
 
 

@@ -78,7 +78,9 @@ class Operations:
 
     def list_all(self) -> list[Operation]:
         """Newest first."""
-        return sorted(self._known.values(), key=lambda op: op.started_at, reverse=True)
+        # Of one millisecond the later ones first, too.
+        latest_first = reversed(self._known.values())
+        return sorted(latest_first, key=lambda op: op.started_at, reverse=True)
 
     def get(self, operation_id: str) -> Operation:
         """One operation. Raises NotFound."""
@@ -276,5 +278,5 @@ def _load(directory: Path) -> dict[str, Operation]:
             with contextlib.suppress(OSError, LumedError):
                 write_json(file, asdict(operation))
         found.append(operation)
-    found.sort(key=lambda op: op.started_at, reverse=True)
-    return {operation.id: operation for operation in found[:KEPT]}
+    found.sort(key=lambda op: op.started_at)
+    return {operation.id: operation for operation in found[-KEPT:]}
