@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ def follow(client: Client, operation_id: str) -> Operation:
 
     Ctrl-C cancels it, waits until it is undone, and goes on up.
     """
+    gc.enable()
     with _bar() as update:
         try:
             for operation in client.follow_operation(operation_id):

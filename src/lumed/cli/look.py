@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -142,6 +143,7 @@ def logs(
 
 def _stream(chunks: Iterable[bytes]) -> None:
     """Write bytes as they come: as they are, unless a terminal would obey them."""
+    gc.enable()
     raw = not sys.stdout.isatty()
     for chunk in chunks:
         if raw:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -164,6 +165,7 @@ def _get_or_make(
 
 def _stay(client: Client, name: str) -> int:
     """Show what the guest does until its machine ends; 1 if that was not in order."""
+    gc.enable()
     threading.Thread(target=_tell_stages, args=(client, name), daemon=True).start()
     told = ""
     try:
