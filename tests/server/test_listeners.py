@@ -18,6 +18,7 @@ import pytest
 from lumed import Client
 from lumed.client.errors import ServerUnreachable, Unauthorized
 from lumed.errors import InvalidField
+from lumed.http.listen import bind_listeners, find_address
 from tests.registry.world import make_certificate
 from tests.server.test_serve import assert_refused, over_unix_socket, serving
 from tests.system.harness import run_lume
@@ -319,3 +320,15 @@ def test_the_python_client_shows_a_token_and_trusts_what_it_is_told(
             assert client.list_vms() == []
     with pytest.raises(InvalidField, match="holds no certificates"):
         Client("https://localhost:1", ca=token)
+
+
+def test_answers_do_not_wait_for_acknowledgements(home: Path) -> None:
+    home.mkdir(mode=0o700)
+    bound = bind_listeners(find_address("127.0.0.1"), 0, 0, home / "lume.sock")
+    try:
+        assert bound.compat is not None
+        for listener in (bound.tcp, bound.compat):
+            # What asyncio looks at before it sets TCP_NODELAY.
+            assert listener.proto == socket.IPPROTO_TCP
+    finally:
+        bound.close()
