@@ -128,6 +128,11 @@ async def crowd(server: Server, image: Path, ledger: Ledger, seconds: float, see
             await clients[0].delete_vm(vm.name)
     finally:
         await asyncio.gather(*(client.close() for client in clients))
+    # The server closes its ends in a moment.
+    give_up_at = time.monotonic() + 10
+    while server.process and measure(server.process.pid)["descriptors"] > CLIENTS:
+        assert time.monotonic() < give_up_at
+        await asyncio.sleep(0.05)
 
 
 async def listen(server: Server, seen: list[Vm], ready: asyncio.Event) -> None:

@@ -9,14 +9,14 @@ import pytest
 
 from lumed.errors import NotFound
 from lumed.model.end import EndCause, MachineEnd
-from lumed.model.vm import DiskFormat
+from lumed.model.vm import DiskFormat, VmConfig
 from lumed.settings import Settings
 from lumed.store.disk import create_empty, grow
 from lumed.store.index import VmIndex
 from lumed.store.layout import Home
 from lumed.store.locations import Locations
 from lumed.store.runrecord import write_end_record
-from lumed.store.vmdir import VmDir, write_config
+from lumed.store.vmdir import VmDir, read_config, write_config
 from lumed.units import MIB
 from tests.unit.test_vmdir import CONFIG
 
@@ -142,3 +142,17 @@ def test_a_location_that_cannot_be_read_hides_no_other(home: Home, index: VmInde
     home.location("ssd").symlink_to("/proc/1/fdinfo/none")
     home.location("hdd").write_text("a file")
     assert names(index) == ["web"]
+
+
+def test_a_vm_that_is_deleted_while_it_is_read_is_gone_and_not_damaged(
+    home: Home, index: VmIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm_dir = make_vm(home, "web")
+
+    def delete_first(read: VmDir) -> VmConfig:
+        shutil.rmtree(vm_dir.path)
+        return read_config(read)
+
+    monkeypatch.setattr("lumed.store.index.read_config", delete_first)
+    assert index.find("web") is None
+    assert names(index) == []

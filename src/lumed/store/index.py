@@ -134,7 +134,7 @@ class VmIndex:
         self._watch.add(folder)
         return self._look(folder, location_name)
 
-    def _look(self, folder: str, location_name: str) -> StoredVm | None:
+    def _look(self, folder: str, location_name: str, attempts: int = 3) -> StoredVm | None:
         signature = _signature(folder)
         known = self._known.get(folder)
         if known and known.signature == signature and known.location_name == location_name:
@@ -144,6 +144,11 @@ class VmIndex:
             self._known.pop(folder, None)
             return None
         stored = _read(VmDir(Path(folder)), location_name, signature)
+        if stored.damage is not None:
+            if attempts > 1 and _signature(folder) != signature:
+                # Deleted, or made anew, while it was read.
+                return self._look(folder, location_name, attempts - 1)
+            _log.warning("vm damaged", vm=stored.name, error=stored.damage)
         self._known[folder] = stored
         return stored
 
@@ -154,7 +159,6 @@ def _read(vm_dir: VmDir, location_name: str, signature: Signature) -> StoredVm:
         config = read_config(vm_dir)
     except Damaged as error:
         damage = error
-        _log.warning("vm damaged", vm=vm_dir.name, error=error)
     if config is not None:
         # The disk itself knows its size better than the file that describes it.
         with contextlib.suppress(OSError, ToolFailed):
