@@ -19,6 +19,7 @@ from lumed.cli.names import VmName, complete_logs
 from lumed.cli.output import clean, say, show
 from lumed.cli.vms import Storage, UnneededFlag
 from lumed.errors import LumedError, MissingDependency, WrongState
+from lumed.viewer import has_desktop, plan_settings
 
 _VIEWERS = ("remote-viewer", "gvncviewer", "vncviewer")
 _SERVER_LOGS = ("all", "info", "error")
@@ -41,11 +42,10 @@ def attach(
     if vm.vnc_url is None or vm.vnc_port is None:
         raise WrongState(f"{name} has no screen to look at: it is {vm.state}")
     program = next(filter(None, map(shutil.which, _VIEWERS)), None)
-    desktop = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if program is None or not desktop:
+    if program is None or not has_desktop():
         say(f"open it with any VNC viewer; a picture: lume screenshot {name}")
         show(vm.vnc_url)
-        if desktop:
+        if has_desktop():
             raise MissingDependency("No VNC viewer is installed", hint="apt install virt-viewer")
         raise LumedError("There is no desktop here to open a viewer on")
     if Path(program).name == "remote-viewer":
@@ -57,13 +57,9 @@ def attach(
 
 def _open_remote_viewer(program: str, name: str, port: int, url: str) -> None:
     password = url.removeprefix("vnc://:").rpartition("@")[0]
-    # It removes the file itself, as the file asks; the password is in no argv.
     descriptor, file = tempfile.mkstemp(prefix="lume-", suffix=".vv")
-    with os.fdopen(descriptor, "w") as settings:
-        settings.write(
-            f"[virt-viewer]\ntype=vnc\nhost=127.0.0.1\nport={port}\npassword={password}\n"
-            f"title={name}\ndelete-this-file=1\n"
-        )
+    with os.fdopen(descriptor, "wb") as settings:
+        settings.write(plan_settings(port, password, name))
     _spawn([program, file])
 
 
