@@ -18,9 +18,9 @@ from lumed import __version__
 from lumed.claim import RunLock, find_holder, take_lock
 from lumed.cli.app import ServeOptions
 from lumed.cli.doctor import print_checks
-from lumed.client.discover import find_home
+from lumed.client.discover import find_home, find_record
 from lumed.errors import Conflict, InvalidField
-from lumed.files import read_json_object, write_json
+from lumed.files import write_json
 from lumed.log import EventLog, start_logging
 from lumed.model.host import Check
 from lumed.model.vm import Architecture
@@ -134,15 +134,14 @@ def _take_server_lock(home: Home) -> RunLock:
 
 
 def _somebody_serves(home: Home) -> Conflict:
-    try:
-        where = read_json_object(home.server_json)
-        return Conflict(
-            f"A server for {home.root} is running already: it listens on {where['url']} "
-            f"(process {where['pid']})",
-            hint="use that one, or give this one another --home",
-        )
-    except (OSError, ValueError, KeyError):
+    record = find_record(home)
+    if record is None:
         return Conflict(f"A server for {home.root} is just starting")
+    return Conflict(
+        f"A server for {home.root} is running already: it listens on {record.url} "
+        f"(process {record.pid})",
+        hint="use that one, or give this one another --home",
+    )
 
 
 async def _run_server(

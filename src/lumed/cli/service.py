@@ -26,9 +26,9 @@ from cyclopts import App, Parameter, validators
 from lumed.cli.link import DEFAULT_PORT, answers
 from lumed.cli.output import say, show, show_data
 from lumed.cli.vms import AsFormat
-from lumed.client.discover import find_home, find_socket
+from lumed.client.discover import find_home, find_record
 from lumed.errors import InvalidField, LumedError, NotPossibleHere, TimedOut
-from lumed.files import read_json_object, write_atomic
+from lumed.files import write_atomic
 from lumed.osproc import ProcessId, find_process, send_signal, wait_gone
 
 if TYPE_CHECKING:
@@ -290,22 +290,16 @@ def _main_pid() -> int:
 
 
 def _find_server(home: Home) -> ProcessId | None:
-    try:
-        told = read_json_object(home.server_json)
-        process = find_process(int(str(told["pid"])))
-    except (OSError, ValueError, KeyError):
-        return None
-    if process is None or process.start_ticks != told.get("startTicks"):
+    record = find_record(home)
+    process = None if record is None else find_process(record.pid)
+    if record is None or process is None or process.start_ticks != record.start_ticks:
         return None
     return process
 
 
 def _find_url(home: Home) -> str | None:
-    try:
-        url = str(read_json_object(home.server_json)["url"])
-    except (OSError, ValueError, KeyError):
-        return None
-    return url if answers(find_socket(home)) else None
+    record = find_record(home)
+    return record.url if record is not None and answers(record.socket) else None
 
 
 def _wait_ready(home: Home) -> str:
