@@ -48,6 +48,12 @@ class Refused(LumedError):
     code = "refused"
 
 
+class Unauthorized(LumedError):
+    """The server asks for a token, and got none or another one."""
+
+    code = "unauthorized"
+
+
 class NotFound(LumedError):
     """What was asked for does not exist."""
 

@@ -16,8 +16,8 @@ import httpx2 as httpx
 import pytest
 
 from lumed import Client
-from lumed.client.errors import ServerUnreachable, Unauthorized
-from lumed.errors import InvalidField
+from lumed.client.errors import ServerUnreachable
+from lumed.errors import InvalidField, Unauthorized
 from lumed.http.listen import bind_listeners, find_address
 from tests.registry.world import make_certificate
 from tests.server.test_serve import assert_refused, over_unix_socket, serving

@@ -14,12 +14,6 @@ class ServerUnreachable(LumedError):
     code = "server_unreachable"
 
 
-class Unauthorized(LumedError):
-    """The server asks for a token, and got none or another one."""
-
-    code = "unauthorized"
-
-
 def make_error(code: str, message: str, hint: str | None, fields: Any = None) -> LumedError:
     """The error of that code; a LumedError that carries the code if it is a new one."""
     kind = next((kind for kind in _all_kinds(LumedError) if kind.code == code), LumedError)

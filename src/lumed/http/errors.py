@@ -23,6 +23,7 @@ _log = EventLog("http")
 STATUS: tuple[tuple[type[errors.LumedError], int], ...] = (
     (errors.InvalidBody, 400),
     (errors.InvalidField, 422),
+    (errors.Unauthorized, 401),
     (errors.Refused, 403),
     (errors.NotFound, 404),
     (errors.Conflict, 409),

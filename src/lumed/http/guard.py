@@ -23,7 +23,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lumed.http.errors import error_body
+from lumed.errors import Unauthorized
+from lumed.http.errors import error_body, error_response
 from lumed.http.shapes import speaks_compat
 
 MAX_BODY_BYTES = 2 * 1024 * 1024
@@ -164,9 +165,9 @@ def _has_token(headers: Headers, token: bytes) -> bool:
 def _unauthorized(headers: Headers) -> JSONResponse:
     message = "The token is wrong" if "authorization" in headers else "A token is needed"
     hint = "send the server's: -H 'Authorization: Bearer TOKEN'; or use its unix socket"
-    return JSONResponse(
-        error_body(message, "unauthorized", hint), 401, headers={"WWW-Authenticate": "Bearer"}
-    )
+    answer = error_response(Unauthorized(message, hint=hint))
+    answer.headers["WWW-Authenticate"] = "Bearer"
+    return answer
 
 
 def refuse_user(uid: int) -> ASGIApp:
