@@ -12,6 +12,7 @@ from lumed.cli.output import Column, say, show, show_data, show_table
 from lumed.cli.vms import AsFormat
 from lumed.client.models import Location
 from lumed.errors import NotPossibleHere
+from lumed.units import describe_size
 
 
 def get(*, format: AsFormat = "text", link: Link = Link()) -> None:  # noqa: B008
@@ -90,8 +91,6 @@ def cache_status(*, link: Link = Link()) -> None:  # noqa: B008
 
     Example: lume config cache status
     """
-    from lumed.units import describe_size
-
     with link.connect() as client:
         config, images = client.get_config(), client.list_images()
     show(f"directory: {config.cache_directory or '-'}")
@@ -100,7 +99,7 @@ def cache_status(*, link: Link = Link()) -> None:  # noqa: B008
 
 
 def cache_dir(path: Path | None = None, /, *, link: Link = Link()) -> None:  # noqa: B008
-    """Show the cache's directory, or choose another for the next start of the server.
+    """Show the cache's directory, or choose another; images stay where they are.
 
     Example: lume config cache dir /mnt/big/lume-cache
     """

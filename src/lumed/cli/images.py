@@ -13,7 +13,7 @@ from lumed.cli.link import Link
 from lumed.cli.names import ImageName, VmName
 from lumed.cli.output import Column, say, show, show_data, show_table
 from lumed.cli.vms import AsFormat, Storage, UnneededFlag
-from lumed.errors import LumedError, NotPossibleHere
+from lumed.errors import LumedError, NotFound, NotPossibleHere, PullFailed
 from lumed.units import describe_size
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Registry = Annotated[str | None, Parameter(help="registry host, perhaps with a port")]
 Organization = Annotated[str | None, Parameter(help="the part before the image's name")]
 Username = Annotated[str | None, Parameter(help="login at the registry")]
-Password = Annotated[
-    str | None, Parameter(help="better: --password-stdin, or docker login", env_var=())
-]
+Password = Annotated[str | None, Parameter(help="better: --password-stdin, or docker login")]
 PasswordStdin = Annotated[bool, Parameter(negative="", help="read the password from stdin")]
 ImageFormat = Annotated[
     Literal["lume", "containerdisk"], Parameter(help="what the registry is to get")
@@ -264,8 +262,6 @@ def _get_password(given: str | None, from_stdin: bool) -> str | None:
 
 
 def _delete_if_there(client: Client, name: str, storage: str | None) -> None:
-    from lumed.errors import NotFound, PullFailed
-
     try:
         client.delete_vm(name, storage)
     except (NotFound, PullFailed):

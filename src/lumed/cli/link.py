@@ -44,7 +44,8 @@ class Link:
         if not answers(find_socket(home)):
             if self.no_start:
                 raise LumedError(
-                    f"No server runs for {home.root}", hint="start one: lume serve, or lume ls"
+                    f"No server runs for {home.root}",
+                    hint="start one: lume serve; or leave out --no-start",
                 )
             self._start_server(home)
         from lumed.client.client import Client

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os as _os
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,16 @@ AsFormat = Annotated[Format, Parameter(name=["--format", "-f"], help="text, json
 # Options of Lume's command that mean nothing on this host: taken, so that scripts go on.
 Unneeded = Annotated[str | None, Parameter(show=False)]
 UnneededFlag = Annotated[bool, Parameter(show=False, negative="")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, slots=True)
+class _Login:
+    """How Lume's own command logs in to shut a guest down; a power button needs none of it."""
+
+    user: Annotated[str, Parameter(name=["--user", "-u"], show=False)] = ""
+    password: Annotated[str, Parameter(name=["--password", "-p"], show=False)] = ""
+    timeout: Annotated[int, Parameter(name=["--timeout", "-t"], show=False)] = 30
 
 
 def create(
@@ -207,9 +218,7 @@ def shutdown(
     /,
     *,
     storage: Storage = None,
-    user: Annotated[str, Parameter(name=["--user", "-u"], show=False)] = "",
-    password: Annotated[str, Parameter(name=["--password", "-p"], show=False)] = "",
-    timeout: Annotated[int, Parameter(name=["--timeout", "-t"], show=False)] = 30,
+    login: _Login = _Login(),
     link: Link = Link(),  # noqa: B008
 ) -> None:
     """Shut a virtual machine down: the same as stop, which asks the guest first.
@@ -224,9 +233,7 @@ def restart(
     /,
     *,
     storage: Storage = None,
-    user: Annotated[str, Parameter(name=["--user", "-u"], show=False)] = "",
-    password: Annotated[str, Parameter(name=["--password", "-p"], show=False)] = "",
-    timeout: Annotated[int, Parameter(name=["--timeout", "-t"], show=False)] = 30,
+    login: _Login = _Login(),
     link: Link = Link(),  # noqa: B008
 ) -> None:
     """Shut a virtual machine down and run it again, with the same shared directories.
@@ -287,7 +294,7 @@ def absolute(path: str | None) -> str | None:
     """A path as the server can find it; a name or a reference stays as it is."""
     if path is None or not (path.startswith((".", "~", "/")) or Path(path).is_file()):
         return path
-    return _os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - it also drops the ".."
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - it also drops the ".."
 
 
 def read_text(file: Path) -> str:

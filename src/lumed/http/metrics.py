@@ -97,8 +97,9 @@ def metric_routes(engine: Engine, times: RequestTimes) -> APIRouter:
         summary="VMs, machines, operations and requests in numbers",
     )
     async def get_metrics() -> Response:
-        now = _Now(await engine.list_vms(), engine.list_operations())
-        now.machines = await engine.measure_machines()
+        now = _Now(
+            await engine.list_vms(), await engine.measure_machines(), engine.list_operations()
+        )
         text, media_type = await asyncio.to_thread(_render, times, now)
         return Response(text, media_type=media_type)
 
@@ -108,10 +109,15 @@ def metric_routes(engine: Engine, times: RequestTimes) -> APIRouter:
 class _Now:
     """What there is at the moment, as one of prometheus_client's collectors."""
 
-    def __init__(self, vms: Sequence[VmView], operations: Sequence[Operation]) -> None:
+    def __init__(
+        self,
+        vms: Sequence[VmView],
+        machines: Sequence[MachineUsage],
+        operations: Sequence[Operation],
+    ) -> None:
         self._vms = vms
+        self._machines = machines
         self._operations = operations
-        self.machines: Sequence[MachineUsage] = ()
 
     def collect(self) -> Iterator[Metric]:
         """Everything but the times of requests."""
@@ -136,7 +142,7 @@ class _Now:
         memory = GaugeMetricFamily(
             "lumed_vm_memory_bytes", "Memory of the host that a VM's machine holds", labels=labels
         )
-        for machine in self.machines:
+        for machine in self._machines:
             cpu.add_metric((machine.name, machine.location_name), machine.cpu_seconds)
             memory.add_metric((machine.name, machine.location_name), machine.memory_bytes)
         yield cpu
