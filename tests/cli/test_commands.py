@@ -111,6 +111,7 @@ def test_the_settings(lume: Lume, server: Server, tmp_path: Path) -> None:
     assert "lo" not in lume("config", "network", "interfaces").split()
     assert lume("config", "telemetry", "status").startswith("disabled")
     assert "images: " in lume("config", "cache", "status")
+    assert "lume prune" in lume.run("config", "cache", "disable", status=1).stderr
 
 
 def test_images(lume: Lume) -> None:

@@ -121,14 +121,15 @@ def enable(*, link: Link = Link()) -> None:  # noqa: B008
     say("images are kept")
 
 
-def disable(*, link: Link = Link()) -> None:  # noqa: B008
-    """Do not keep images; those in use stay.
+def disable() -> None:
+    """Not possible: disks rest on the images in the cache.
 
-    Example: lume config cache disable
+    Example: lume prune
     """
-    with link.connect() as client:
-        client.change_config(caching_enabled=False)
-    say("images are not kept; lume prune removes those that are there")
+    raise NotPossibleHere(
+        "Images are always kept, since disks of virtual machines rest on them",
+        hint="remove those that nobody needs: lume prune",
+    )
 
 
 def registry_status(*, link: Link = Link()) -> None:  # noqa: B008
