@@ -8,7 +8,7 @@ import select
 import subprocess
 import time
 
-from tests.cli.conftest import Lume
+from tests.cli.lume import Lume
 from tests.system.harness import LUME
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lumed.cli.app import Commands, build_cli
-from tests.cli.conftest import Lume
+from tests.cli.lume import Lume
 from tests.cli.terminal import run_in_terminal
 from tests.system.harness import Server, is_running, running_server
 

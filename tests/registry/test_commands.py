@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Lume
+from tests.cli.lume import Lume
 from tests.cli.terminal import run_in_terminal
 from tests.registry.faults import FaultProxy
 from tests.registry.world import RunningRegistry

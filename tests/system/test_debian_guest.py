@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.harness import LUME, Server, running_server
+from tests.cli.lume import Lume
+from tests.system.harness import Server, running_server
 
 pytestmark = pytest.mark.timeout(1800)
 # Idle: half a minute. A machine that runs other tests meanwhile takes a multiple.
@@ -72,28 +73,15 @@ def logged_in(server: Server, address: str) -> Iterator[Callable[[str], str]]:
         connection.wait(10)
 
 
-def lume(server: Server, command: str, *words: str | Path, status: int = 0) -> str:
-    """What a command of `lume` prints, on stderr if it is to fail."""
-    ended = subprocess.run(
-        [*LUME, command, "--home", server.home, *words],
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert ended.returncode == status, f"{words!r}: {ended.stdout!r} {ended.stderr!r}"
-    return (ended.stderr if status else ended.stdout).strip()
-
-
 def check_ssh(server: Server, name: str, scratch: Path) -> None:
     """`lume ssh` and `lume cp` with the key, a password, and a host key that is not the VM's."""
-    assert lume(server, "ssh", name, "echo told >&2; exit 7", status=7) == "told"
+    lume = Lume(server.home)
+    assert lume.run("ssh", name, "echo told >&2; exit 7", status=7).stderr == "told\n"
     there, back = scratch / "there", scratch / "back"
     (there / "in").mkdir(parents=True)
     (there / "in" / "a file").write_bytes(bytes(range(256)) * 1000)
-    lume(server, "cp", "-r", there, f"{name}:")
-    lume(server, "cp", f"{name}:there/in/a file", back)
+    lume("cp", "-r", str(there), f"{name}:")
+    lume("cp", f"{name}:there/in/a file", str(back))
     assert back.read_bytes() == (there / "in" / "a file").read_bytes()
 
     folder = server.home / "ssh"
@@ -103,9 +91,9 @@ def check_ssh(server: Server, name: str, scratch: Path) -> None:
     key, away = folder / "id_ed25519", folder / "away"
     key.rename(away)
     try:
-        keys = lume(server, "ssh", name, "cat /etc/ssh/ssh_host_*.pub").splitlines()
+        keys = lume("ssh", name, "cat /etc/ssh/ssh_host_*.pub").splitlines()
         assert known.split()[1:] in [line.split()[:2] for line in keys]
-        refused = lume(server, "ssh", "-p", "wrong", name, "id", status=255)
+        refused = lume.run("ssh", "-p", "wrong", name, "id", status=255).stderr
         assert "does not let lume in" in refused
         assert "wrong" not in refused
     finally:
@@ -113,7 +101,7 @@ def check_ssh(server: Server, name: str, scratch: Path) -> None:
     # A valid key of somebody else.
     public = (folder / "id_ed25519.pub").read_text().split()
     (folder / "known_hosts").write_text(f"{uuid} {public[0]} {public[1]}\n")
-    assert "is not the one it had" in lume(server, "ssh", name, "id", status=255)
+    assert "is not the one it had" in lume.run("ssh", name, "id", status=255).stderr
     (folder / "known_hosts").write_text(known)
 
 
@@ -185,7 +173,7 @@ def test_a_built_debian_boots_grows_sees_shares_shuts_down_in_order_and_is_clone
     server.call("POST", "/vms/clone", 200, json={"name": "deb", "newName": "twin"})
     server.run("twin")
     server.wait_for("twin", lambda vm: "ipAddress" in vm, BOOT_S)
-    twin = lume(server, "ssh", "twin", f"cat /etc/built; hostname; {IDENTITY}")
+    twin = Lume(server.home)("ssh", "twin", f"cat /etc/built; hostname; {IDENTITY}")
     assert twin.startswith("built\nroot\ntwin\n")
     twin = twin.removeprefix("built\nroot\ntwin\n")
     assert len(twin.split()) == len(identity.split())
