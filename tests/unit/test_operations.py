@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lumed.errors import MachineFailed, NotFound, WrongState
+from lumed.files import write_json
 from lumed.model.operation import Operation, OperationStatus
 from lumed.service import operations as module
 from lumed.service import tasks as tasks_module
@@ -183,6 +186,26 @@ async def test_many_that_end_at_once_forget_old_ones_together(
             await operations.wait(operation.id, 10)
     assert not faults
     assert len(operations.list_all()) == len(list(tmp_path.glob("*.json"))) == 2
+
+
+async def test_one_forgotten_while_its_end_is_written_leaves_no_file(
+    operations: Operations, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEPT", 1)
+    slow = await operations.start("run", "slow", nothing)
+    others_are_over = threading.Event()
+
+    def write_slowly(file: Path, data: dict[str, Any], **options: Any) -> None:
+        if file.stem == slow.id:
+            others_are_over.wait(10)
+        write_json(file, data, **options)
+
+    monkeypatch.setattr(module, "write_json", write_slowly)
+    newest = [await run(operations, f"vm{number}") for number in range(2)][-1]
+    others_are_over.set()
+    with pytest.raises(NotFound):
+        await operations.wait(slow.id, 10)
+    assert [path.stem for path in tmp_path.glob("*.json")] == [newest.id]
 
 
 async def test_the_newest_come_first_also_of_one_millisecond(

@@ -96,7 +96,7 @@ class Operations:
 
     async def dismiss(self, operation_id: str) -> None:
         """Do not tell of a failure any more; it stays in the list."""
-        await self._keep(self.change(operation_id, dismissed=True))
+        await self._rewrite(self.change(operation_id, dismissed=True))
 
     def find_running(self, target: str) -> str | None:
         """The id of the operation that runs on that VM, the newest of them.
@@ -181,7 +181,7 @@ class Operations:
         if operation.is_over:
             # One that had not begun has written nothing itself.
             with contextlib.suppress(OSError, LumedError):
-                await self._keep(operation)
+                await self._rewrite(operation)
         return operation
 
     async def _carry_out(
@@ -211,7 +211,7 @@ class Operations:
         # A full disk must not turn a success into a failure: the next server would only read
         # "interrupted" here.
         with contextlib.suppress(OSError, LumedError):
-            await self._keep(operation)
+            await self._rewrite(operation)
             await self._forget_old()
 
     async def _keep(self, operation: Operation) -> None:
@@ -220,13 +220,22 @@ class Operations:
             write_json, self._file(operation.id), asdict(operation), durable=False
         )
 
+    async def _rewrite(self, operation: Operation) -> None:
+        await self._keep(operation)
+        if operation.id not in self._known:
+            # Another that ended meanwhile forgot it, perhaps before this file was there.
+            await self._delete(operation.id)
+
     async def _forget_old(self) -> None:
         over = [op for op in self.list_all() if op.is_over]
         for operation in over[KEPT:]:
             # Another that ends meanwhile forgets some of them too.
             self._known.pop(operation.id, None)
             self._failures.pop(operation.id, None)
-            await asyncio.to_thread(self._file(operation.id).unlink, missing_ok=True)
+            await self._delete(operation.id)
+
+    async def _delete(self, operation_id: str) -> None:
+        await asyncio.to_thread(self._file(operation_id).unlink, missing_ok=True)
 
     def _file(self, operation_id: str) -> Path:
         return self._directory / f"{operation_id}.json"
