@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import Protocol
@@ -136,28 +137,43 @@ def find_data(
 ) -> Iterator[tuple[int, int]]:
     """The runs of buffer[start:end] that are not zero in whole blocks of the disk.
 
-    disk_offset: where buffer[0] belongs, of which only the place in a block counts. startswith
-    compares in place (memcmp): 0.1 ms for a MiB of blocks, less for long runs.
+    disk_offset: where buffer[0] belongs, of which only the place in a block counts.
     """
-    run = None
-    at = start
-    while at < end:
-        until = at + BLOCK_BYTES - (disk_offset + at) % BLOCK_BYTES
-        if until - at == BLOCK_BYTES and at + _STRIDE_BYTES <= end:
-            # Long runs first: mostly a comparison that ends at its first byte.
-            if buffer.startswith(_ZERO_STRIDE, at):
-                until = at + _STRIDE_BYTES
-                zero = True
-            else:
-                zero = buffer.startswith(_ZERO_BLOCK, at)
-        else:
-            until = min(until, end)
-            zero = buffer.startswith(_ZERO_BLOCK[: until - at], at)
-        if zero and run is not None:
+    run = start
+    for at, until in _find_zeros(buffer, start, end, disk_offset):
+        if run < at:
             yield run, at
-            run = None
-        elif not zero and run is None:
-            run = at
-        at = until
-    if run is not None:
+        run = until
+    if run < end:
         yield run, end
+
+
+def _find_zeros(
+    buffer: bytearray, start: int, end: int, disk_offset: int
+) -> Iterator[tuple[int, int]]:
+    """The blocks of zeros, one or several at once; a part of one at each end counts, too.
+
+    Of all blocks only the first word is looked at, in one call: 0.02 ms for a MiB. startswith
+    then compares in place (memcmp).
+    """
+    first = min(end, start + -(disk_offset + start) % BLOCK_BYTES)
+    last = max(first, end - (disk_offset + end) % BLOCK_BYTES)
+    if start < first and _is_zero(buffer, start, first):
+        yield start, first
+    words = memoryview(buffer)[first:last].cast("Q")[:: BLOCK_BYTES // 8].tolist()
+    at = first
+    with contextlib.suppress(ValueError):  # no further one
+        while True:
+            at = first + words.index(0, (at - first) // BLOCK_BYTES) * BLOCK_BYTES
+            until = at + BLOCK_BYTES
+            if at + _STRIDE_BYTES <= last and buffer.startswith(_ZERO_STRIDE, at):
+                until = at + _STRIDE_BYTES
+            if until > at + BLOCK_BYTES or buffer.startswith(_ZERO_BLOCK, at):
+                yield at, until
+            at = until
+    if last < end and _is_zero(buffer, last, end):
+        yield last, end
+
+
+def _is_zero(buffer: bytearray, start: int, end: int) -> bool:
+    return buffer.startswith(_ZERO_BLOCK[: end - start], start)
