@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,25 @@ from tests.cli.terminal import run_in_terminal
 from tests.system.harness import Server, is_running, running_server
 
 TINY = ("--image", "tiny", "--cpu", "1", "--memory", "256MB", "--disk-size", "1GB")
+
+
+def test_attached_disks_and_a_vnc_port_stay_over_a_restart(
+    lume: Lume, server: Server, tmp_path: Path
+) -> None:
+    lume("create", "web", *TINY)
+    (tmp_path / "a.img").write_bytes(bytes(1 << 20))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    disk = str(tmp_path / "a.img")
+    options = ("--disk", disk, "--vnc-port", str(port), "--vnc-password", "sesame12")
+    lume("run", "web", *options, "--detach")
+    vm = server.vm("web")
+    assert vm["vncUrl"] == f"vnc://:sesame12@127.0.0.1:{port}"
+    lume("restart", "web")
+    assert server.vm("web")["disks"] == vm["disks"] == [disk]
+    refused = lume.run("run", "web", "--nvram-path", "x", status=1)
+    assert "--nvram-path is not possible" in refused.stderr
+    lume("delete", "web", "--force")
 
 
 def test_a_machines_life_by_commands(lume: Lume, server: Server, tmp_path: Path) -> None:

@@ -166,6 +166,39 @@ async def test_shares_are_reported_with_their_tag(client: Client, home: Home) ->
     ]
 
 
+async def test_vnc_is_as_it_was_asked_for(client: Client) -> None:
+    await create(client, "web", image="tiny")
+    body = {"vncPassword": "my-secret", "network": "none"}
+    await client.post(f"{VMS}/web/run", json=body)
+    vm = await wait_for_state(client, "web", "running")
+    assert vm["vncUrl"].startswith("vnc://:my-secret@")
+    assert vm["problems"] == ["of the VNC password only the first 8 letters count"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"vncPort": 80}, "80 is below 5900"),
+        ({"vncPort": 65536}, "65535"),
+        ({"vncPort": True}, "true is no number"),
+        ({"vncPassword": ""}, "1 to 64 letters"),
+        ({"vncPassword": "a@b"}, "1 to 64 letters"),
+        ({"disks": ["/nowhere"]}, "does not exist"),
+        ({"disks": "/nowhere"}, "list"),
+        ({"usbStorage": ["/dev/null"]}, "no regular file"),
+        ({"usbStorage": ["x"] * 17}, "16"),
+    ],
+)
+async def test_what_cannot_be_attached_is_told_by_its_field(
+    client: Client, body: dict[str, object], words: str
+) -> None:
+    await create(client, "web", image="tiny")
+    reply = await client.post(f"{VMS}/web/run", json=body)
+    assert reply.status_code == 422
+    assert words in reply.json()["message"]
+    assert any(field.startswith(next(iter(body))) for field in reply.json()["fields"])
+
+
 async def test_a_failed_start_is_told_by_the_vm_and_by_its_operation(
     client: Client, driver: FakeDriver
 ) -> None:

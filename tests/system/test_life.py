@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_a_shared_directory_is_mounted_by_itself(
     assert server.shell("web", f"cat '{mounted}/hello'") == "from the host"
     server.shell("web", f"echo guest > '{mounted}/reply'; sync")
     assert (share / "reply").exists() is not read_only
+
+
+def test_disks_of_the_host_are_attached(server: Server, tmp_path: Path) -> None:
+    raw, qcow2, stick = tmp_path / "a.img", tmp_path / "b.qcow2", tmp_path / "stick.img"
+    for path, size in ((raw, 3 << 20), (stick, 5 << 20)):
+        with path.open("wb") as file:
+            file.truncate(size)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "7M"], check=True)
+    server.create("web")
+    disks = {"disks": [str(raw), str(qcow2)], "usbStorage": [str(stick)]}
+    vm = server.boot("web", **disks)
+    assert vm.items() >= disks.items()
+    sizes = [server.shell("web", f"cat /sys/block/vd{letter}/size") for letter in "bc"]
+    assert sizes == [str((3 << 20) // 512), str((7 << 20) // 512)]
+    server.shell("web", "echo from the guest > /dev/vdb; sync")
+    assert raw.read_bytes().startswith(b"from the guest\n")
+    server.create("other")
+    refused = server.call("POST", "/vms/other/run", 409, json=disks)
+    assert refused["message"] == f"{raw} is the disk of a machine that runs"
+    # Several may read.
+    server.run("other", usbStorage=[str(stick)])
+    server.call("POST", "/vms/web/stop", 200)
+    assert "disks" not in server.vm("web")
 
 
 def test_recovery_boots_a_rescue_system_with_the_disk_attached(server: Server) -> None:

@@ -11,7 +11,7 @@ import pytest
 from lumed.machine.qemu.argv import SocketFds, build_argv
 from lumed.machine.shares import ShareDevice
 from lumed.machine.spec import DirectKernel, MachineSpec
-from lumed.model.run import NetDevice, SharedDirectory, ShareTransport
+from lumed.model.run import AttachedDisk, NetDevice, SharedDirectory, ShareTransport
 from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 
 SPEC = MachineSpec(
@@ -64,6 +64,33 @@ def test_every_machine_is_closed_in(spec: MachineSpec) -> None:
     ]
     assert not any("sesame12" in part for part in argv)
     assert options(argv, "-vnc") == ["127.0.0.1:0,to=2000,password=on"]
+
+
+@pytest.mark.parametrize("spec", [SPEC, ARM_SPEC], ids=["amd64", "arm64"])
+def test_disks_of_the_user_come_before_the_seed_and_usb_sticks_are_read_only(
+    spec: MachineSpec,
+) -> None:
+    raw = AttachedDisk("/srv/a, b.img", DiskFormat.RAW)
+    qcow2 = AttachedDisk("/srv/c.qcow2", DiskFormat.QCOW2)
+    seed = Path("/seed.iso")
+    argv = build(replace(spec, seed=seed, disks=(raw, qcow2), usb_storage=(raw, qcow2)))
+    devices = [json.loads(text) for text in options(argv, "-device")]
+    drives = [d["drive"] for d in devices if d["driver"] == "virtio-blk-pci"]
+    assert drives == ["disk0", "disk1", "disk2", "seed0"]
+    assert [d["drive"] for d in devices if d["driver"] == "usb-storage"] == ["usb0", "usb1"]
+    # The controller comes first, once.
+    drivers = [d["driver"] for d in devices]
+    assert drivers.count("qemu-xhci") == 1
+    assert drivers.index("qemu-xhci") < drivers.index("usb-storage")
+    for number, disk in ((1, raw), (2, qcow2)):
+        node, usb = nodes(argv)[f"disk{number}"], nodes(argv)[f"usb{number - 1}"]
+        assert (node["driver"], node["read-only"]) == (disk.format, False)
+        assert (usb["driver"], usb["read-only"]) == (disk.format, True)
+        assert usb["file"] == {"driver": "file", "filename": disk.path, "read-only": True}
+
+
+def test_a_vnc_port_is_taken_as_asked() -> None:
+    assert options(build(replace(SPEC, vnc_port=5977)), "-vnc") == ["127.0.0.1:77,password=on"]
 
 
 def test_formats_are_named_and_paths_need_no_escaping() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from lumed.errors import Damaged
 from lumed.model.end import EndCause, MachineEnd
-from lumed.model.run import Forward, RunOptions, SharedDirectory, VncMode
+from lumed.model.run import AttachedDisk, Forward, RunOptions, SharedDirectory, VncMode
+from lumed.model.vm import DiskFormat
 from lumed.osproc import ProcessId
 from lumed.store.runrecord import (
     RunRecord,
@@ -37,6 +38,10 @@ RECORD = RunRecord(
         mount="/iso",
         network="nat",
         vnc=VncMode.DISABLED,
+        vnc_port=5950,
+        vnc_password="secret12",
+        disks=(AttachedDisk("/srv/a.img", DiskFormat.RAW),),
+        usb_storage=(AttachedDisk("/srv/b.qcow2", DiskFormat.QCOW2),),
     ),
     started_at="2026-11-24T12:00:00.000Z",
     process=ProcessId("boot", 4711, 99),
@@ -57,6 +62,18 @@ def test_a_run_record_comes_back_as_it_was(tmp_path: Path) -> None:
         write_run_record(path, record)
         assert read_run_record(path) == record
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_record_of_an_older_version_has_no_further_disks(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_run_record(path, RECORD)
+    data = json.loads(path.read_bytes())
+    for key in ("disks", "usb_storage", "vnc_port", "vnc_password"):
+        del data["options"][key]
+    path.write_text(json.dumps(data))
+    record = read_run_record(path)
+    assert record is not None
+    assert (record.options.disks, record.options.vnc_port) == ((), None)
 
 
 @pytest.mark.parametrize("cause", EndCause)

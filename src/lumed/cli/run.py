@@ -57,16 +57,22 @@ def run(
         Literal["true", "false"], Parameter(help="boot a small rescue system instead")
     ] = "false",
     network: Annotated[str | None, Parameter(help="nat, none, or bridged:INTERFACE")] = None,
+    disk: Annotated[
+        list[str] | None, Parameter(help="a disk image that the guest may write to; repeatable")
+    ] = None,
+    usb_storage: Annotated[
+        list[str] | None, Parameter(help="a disk image as a read-only USB stick; repeatable")
+    ] = None,
     vnc: Literal["enabled", "disabled"] = "enabled",
+    vnc_port: Annotated[int, Parameter(help="5900 or more; 0 is any free one")] = 0,
+    vnc_password: Annotated[
+        str | None, Parameter(help="instead of a random one; others see it in the process list")
+    ] = None,
     registry: Annotated[str | None, Parameter(help="of an image to pull")] = None,
     organization: Annotated[str | None, Parameter(help="of an image to pull")] = None,
     storage: Storage = None,
-    usb_storage: Annotated[list[str] | None, Parameter(show=False)] = None,
-    disk: Annotated[list[str] | None, Parameter(show=False)] = None,
     disk_path: Annotated[str | None, Parameter(show=False)] = None,
     nvram_path: Annotated[str | None, Parameter(show=False)] = None,
-    vnc_port: Annotated[int, Parameter(show=False)] = 0,
-    vnc_password: Annotated[str | None, Parameter(show=False)] = None,
     clipboard: UnneededFlag = False,
     log_file: Unneeded = None,
     link: Link = Link(),  # noqa: B008
@@ -78,16 +84,12 @@ def run(
     Example: lume run web --shared-dir ~/project:ro
     Example: lume run debian:12 --wait ssh
     """
-    _refuse(
-        {
-            "--usb-storage": usb_storage,
-            "--disk": disk,
-            "--disk-path": disk_path,
-            "--nvram-path": nvram_path,
-            "--vnc-port": vnc_port,
-            "--vnc-password": vnc_password,
-        }
-    )
+    for option, value in {"--disk-path": disk_path, "--nvram-path": nvram_path}.items():
+        if value is not None:
+            raise NotPossibleHere(
+                f"{option} is not possible: a machine of lumed boots from its own disk",
+                hint="attach another disk with --disk, or create a VM from it with --image",
+            )
     shares = [_read_share(share) for share in shared_dir or ()]
     with link.connect() as client:
         vm_name = _get_or_make(client, name, registry, organization, storage)
@@ -97,6 +99,10 @@ def run(
             mount=absolute(mount),
             network=network,
             vnc=vnc,
+            vnc_port=vnc_port or None,
+            vnc_password=vnc_password,
+            disks=[_find(path) for path in disk or ()],
+            usb_storage=[_find(path) for path in usb_storage or ()],
             recovery_mode=recovery_mode == "true",
             no_display=no_display or display != "native",
             storage=storage,
@@ -117,19 +123,17 @@ def run(
         return _stay(client, vm_name)
 
 
-def _refuse(options: dict[str, object]) -> None:
-    for option, value in options.items():
-        if value:
-            raise NotPossibleHere(f"{option} is not possible yet with machines of lumed")
-
-
 def _read_share(text: str) -> Share:
     from lumed.client.calls import Share
 
     path, colon, mode = text.rpartition(":")
     if colon and mode in ("ro", "rw"):
-        return Share(str(Path(path).expanduser().absolute()), mode == "ro")
-    return Share(str(Path(text).expanduser().absolute()))
+        return Share(_find(path), mode == "ro")
+    return Share(_find(text))
+
+
+def _find(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def _get_or_make(

@@ -236,7 +236,7 @@ def restart(
     login: _Login = _Login(),
     link: Link = Link(),  # noqa: B008
 ) -> None:
-    """Shut a virtual machine down and run it again, with the same shared directories.
+    """Shut a virtual machine down and run it again, with the same directories and disks.
 
     Example: lume restart web
     """
@@ -252,6 +252,8 @@ def restart(
             ],
             network=before.network,
             recovery_mode=bool(before.raw.get("recoveryMode")),
+            disks=before.raw.get("disks", ()),
+            usb_storage=before.raw.get("usbStorage", ()),
             vnc="enabled" if before.vnc_port is not None else "disabled",
             storage=storage,
         )

@@ -138,11 +138,16 @@ def run_vm(
     vnc: Literal["enabled", "disabled"] | None = None,
     recovery_mode: bool = False,
     no_display: bool = True,
+    disks: Sequence[str] = (),
+    usb_storage: Sequence[str] = (),
+    vnc_port: int | None = None,
+    vnc_password: str | None = None,
     storage: str | None = None,
 ) -> Call[Vm]:
     """Begin to start a VM; all that can be checked was checked when this returns.
 
-    no_display=False opens a viewer where the server has a desktop.
+    no_display=False opens a viewer where the server has a desktop. disks and usb_storage are
+    paths of disk images of the host; the guest writes to the former and only reads the latter.
     """
     shares = [Share(share) if isinstance(share, str) else share for share in shared_directories]
     body = _given(
@@ -152,6 +157,10 @@ def run_vm(
         mount=mount,
         network=network,
         vnc=vnc,
+        vncPort=vnc_port,
+        vncPassword=vnc_password,
+        disks=list(disks) or None,
+        usbStorage=list(usb_storage) or None,
         storage=storage,
     )
     return Call("POST", _vm(name, "run"), models.parse_vm, body=body)

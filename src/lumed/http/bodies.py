@@ -6,10 +6,19 @@ Unknown keys are ignored, null means absent, and both `diskSize` and `disk_size`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+)
 
 from lumed.errors import LumedError
 from lumed.model.request import (
@@ -32,6 +41,10 @@ from lumed.units import MIB, TIB, parse_size
 MAX_CPUS = 255
 MIN_MEMORY, MAX_MEMORY = 64 * MIB, 4 * TIB
 MIN_DISK, MAX_DISK = MIB, 64 * TIB
+# QEMU counts its VNC ports from 5900 on.
+_FIRST_VNC_PORT = 5900
+# What stands in a URL as it is (RFC 3986, section 2.3).
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]{1,64}")
 
 
 def _as_value_error(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -78,6 +91,18 @@ def _no_truth_value(value: Any) -> Any:
     # Python's True is the number 1, and pydantic takes it for one.
     if isinstance(value, bool):
         raise ValueError(f"{str(value).lower()} is no number")
+    return value
+
+
+def _vnc_port(value: int) -> int:
+    if value and value < _FIRST_VNC_PORT:
+        raise ValueError(f"{value} is below {_FIRST_VNC_PORT}; 0 is any free port")
+    return value
+
+
+def _vnc_password(value: str) -> str:
+    if not _UNRESERVED.fullmatch(value):
+        raise ValueError("it must be 1 to 64 letters, digits and . _ ~ -")
     return value
 
 
@@ -134,6 +159,11 @@ LocationName = Annotated[
     str,
     BeforeValidator(_as_value_error(check_location_name)),
     WithJsonSchema({"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$", "examples": ["fast"]}),
+]
+VncPort = Annotated[
+    Number,
+    AfterValidator(_vnc_port),
+    Field(le=65535, description="0 is any free one", examples=[5901]),
 ]
 Storage = Annotated[
     Text | None,
@@ -319,6 +349,21 @@ class RunBody(_Body):
     mount: Text | None = Field(None, description="An ISO to attach and boot from")
     network: Text | None = None
     vnc: VncMode | None = None
+    vnc_port: VncPort | None = Field(None, validation_alias=AliasChoices("vncPort", "vnc_port"))
+    vnc_password: Annotated[str, AfterValidator(_vnc_password)] | None = Field(
+        None,
+        validation_alias=AliasChoices("vncPassword", "vnc_password"),
+        description="Instead of a random one; VNC takes the first 8 letters",
+    )
+    disks: list[Text] | None = Field(
+        None, max_length=16, description="Disk images of the host that the guest may write to"
+    )
+    usb_storage: list[Text] | None = Field(
+        None,
+        validation_alias=AliasChoices("usbStorage", "usb_storage"),
+        max_length=16,
+        description="Disk images of the host as read-only USB sticks",
+    )
 
     def to_request(self) -> RunRequest:
         """The request in the engine's words."""
@@ -332,6 +377,10 @@ class RunBody(_Body):
             mount=self.mount,
             network=self.network,
             vnc=self.vnc or VncMode.ENABLED,
+            vnc_port=self.vnc_port or None,
+            vnc_password=self.vnc_password,
+            disks=tuple(self.disks or ()),
+            usb_storage=tuple(self.usb_storage or ()),
             storage=self.storage,
         )
 

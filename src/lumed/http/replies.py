@@ -115,6 +115,8 @@ class VmObject(BaseModel):
     createdAt: str | None = None  # noqa: N815
     startedAt: str | None = None  # noqa: N815
     recoveryMode: bool | None = None  # noqa: N815
+    disks: list[str] | None = None
+    usbStorage: list[str] | None = None  # noqa: N815
 
 
 class VmReply(VmObject):

@@ -70,6 +70,8 @@ def vm_object(vm: VmView) -> dict[str, Any]:
         "operation": vm.operation,
         "downloadProgress": vm.download_progress,
         "recoveryMode": vm.recovery_mode or None,
+        "disks": [disk.path for disk in vm.disks] or None,
+        "usbStorage": [disk.path for disk in vm.usb_storage] or None,
         "problems": list(vm.problems) or None,
     }
     shape |= {key: value for key, value in optional.items() if value is not None}

@@ -56,7 +56,7 @@ _COMPRESSED: tuple[tuple[bytes, str, str], ...] = (
     (b"BZh", "bzip2", "bunzip2"),
     (b"PK\x03\x04", "zip", "unzip"),
 )
-_ISO_MAGIC_AT = 0x8001
+_ISO_MAGIC, _ISO_MAGIC_AT = b"CD001", 0x8001
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,11 @@ def find_format(fd: int, shown: Path) -> tuple[DiskFormat, int]:
     return DiskFormat.RAW, -(-file_bytes // 512) * 512
 
 
+def is_iso(fd: int) -> bool:
+    """Whether the open file is an ISO 9660 image."""
+    return os.pread(fd, len(_ISO_MAGIC), _ISO_MAGIC_AT) == _ISO_MAGIC
+
+
 def _check_other_formats(fd: int, file_bytes: int, head: bytes) -> None:
     for offset, magic, what, tool_name in _OTHER_FORMATS:
         at = offset if offset >= 0 else file_bytes + offset
@@ -168,7 +173,7 @@ def _check_other_formats(fd: int, file_bytes: int, head: bytes) -> None:
             raise UnfitImage(f"it is compressed with {what}", f"unpack it first, with {tool}")
     if head.startswith(b"LUKS\xba\xbe"):
         raise UnfitImage("it is an encrypted (LUKS) disk")
-    if head[_ISO_MAGIC_AT : _ISO_MAGIC_AT + 5] == b"CD001":
+    if is_iso(fd):
         raise UnfitImage(
             "it is an ISO, most likely an installer and no installed disk",
             "create the VM without an image and run it with this file as `mount`",

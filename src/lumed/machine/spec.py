@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lumed.machine.shares import ShareDevice
-from lumed.model.run import NetDevice
+from lumed.model.run import AttachedDisk, NetDevice
 from lumed.model.vm import Architecture, DiskFormat, Display, Firmware
 
 
@@ -25,6 +25,7 @@ class MachineSpec:
 
     uefi_vars is made by the driver if it is missing. network None is a machine without a card.
     vnc_password None is one without VNC; the password reaches it only through its monitor.
+    vnc_port None is any free one; others begin at 5900. The guest only reads from usb_storage.
     lock_fd is the descriptor whose lock the machine keeps.
     """
 
@@ -44,8 +45,11 @@ class MachineSpec:
     uefi_vars: Path | None = None
     seed: Path | None = None
     iso: Path | None = None
+    disks: tuple[AttachedDisk, ...] = ()
+    usb_storage: tuple[AttachedDisk, ...] = ()
     direct_kernel: DirectKernel | None = None
     network: NetDevice | None = None
     shares: tuple[ShareDevice, ...] = field(default=())
     vnc_password: str | None = None
+    vnc_port: int | None = None
     lock_fd: int | None = None

@@ -60,7 +60,11 @@ class ShareRequest:
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """How to run a VM. network None is the VM's own."""
+    """How to run a VM. network None is the VM's own.
+
+    disks and usb_storage: paths of disk images as they were written, the latter read-only.
+    vnc_port None is any free one, vnc_password None a new one.
+    """
 
     no_display: bool = True
     shared_directories: tuple[ShareRequest, ...] = ()
@@ -68,6 +72,10 @@ class RunRequest:
     mount: str | None = None
     network: str | None = None
     vnc: VncMode = VncMode.ENABLED
+    vnc_port: int | None = None
+    vnc_password: str | None = field(default=None, repr=False)
+    disks: tuple[str, ...] = ()
+    usb_storage: tuple[str, ...] = ()
     storage: str | None = None
 
 

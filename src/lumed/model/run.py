@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from lumed.model.vm import DiskFormat
+
 
 @dataclass(frozen=True, slots=True)
 class SharedDirectory:
@@ -57,8 +59,20 @@ class VncMode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class AttachedDisk:
+    """A disk image of the user's that a run has beside the VM's own disk. path is resolved."""
+
+    path: str
+    format: DiskFormat
+
+
+@dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a VM was asked to run, checked and with paths resolved."""
+    """How a VM was asked to run, checked and with paths resolved.
+
+    The guest writes to disks, and only reads from usb_storage. vnc_port None is any free one,
+    vnc_password None a new one.
+    """
 
     no_display: bool = True
     shared_directories: tuple[SharedDirectory, ...] = field(default=())
@@ -66,3 +80,7 @@ class RunOptions:
     mount: str | None = None
     network: str | None = None
     vnc: VncMode = VncMode.ENABLED
+    vnc_port: int | None = None
+    vnc_password: str | None = field(default=None, repr=False)
+    disks: tuple[AttachedDisk, ...] = ()
+    usb_storage: tuple[AttachedDisk, ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lumed.model.end import MachineEnd
-from lumed.model.run import Forward, SharedDirectory
+from lumed.model.run import AttachedDisk, Forward, SharedDirectory
 from lumed.model.vm import Display, GuestOs, VmState
 
 
@@ -42,6 +42,8 @@ class VmView:
     accelerator: str | None = None
     started_at: str | None = None
     recovery_mode: bool = False
+    disks: tuple[AttachedDisk, ...] = ()
+    usb_storage: tuple[AttachedDisk, ...] = ()
     problems: tuple[str, ...] = ()
     operation: str | None = None
     operation_action: str | None = None

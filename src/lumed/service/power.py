@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
-import stat
 import string
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,14 +14,13 @@ from pathlib import Path
 
 from lumed.claim import RunLock, take_lock
 from lumed.errors import (
-    InvalidField,
     LumedError,
     MachineFailed,
     NoSpace,
     NotPossibleHere,
     WrongState,
 )
-from lumed.files import check_free_space, expand_path, write_atomic
+from lumed.files import check_free_space, write_atomic
 from lumed.guest.agent import GuestAgent
 from lumed.guest.seed import Seed, SeedShare, make_seed
 from lumed.guest.sshkey import read_or_make_key
@@ -47,6 +44,7 @@ from lumed.naming import hostname_of
 from lumed.network.plan import Network, NetworkKind, parse_network
 from lumed.network.start import check_network, start_network, sweep_networks
 from lumed.osproc import send_signal
+from lumed.service.attached import check_disks, check_iso, check_vnc_port
 from lumed.service.live import LiveMachine
 from lumed.service.operations import RunningOperation, utc_now
 from lumed.service.tasks import TaskOwner
@@ -64,6 +62,7 @@ _log = EventLog("machine")
 _COMMAND_S = 2.0
 # A machine writes its logs and records at least.
 _NEEDED_BYTES = 16 * MIB
+_PASSWORD_LENGTH = 8  # more do not count (RFC 6143, section 7.2.2)
 _PASSWORD_LETTERS = string.ascii_letters + string.digits
 # How long the guest gets after each step; together with _COMMAND_S under 20 s (contract, 1).
 _BUTTON_S, _BUTTON_WITH_AGENT_S, _AGENT_S, _QUIT_S, _TERM_S, _KILL_S = 11, 6, 4, 2, 1, 1
@@ -121,13 +120,20 @@ class Power:
             )
         network = parse_network(request.network or config.network)
         shares = await asyncio.to_thread(_check_shares, request)
-        mount = None if request.mount is None else await asyncio.to_thread(_check_iso, request)
+        mount = None if request.mount is None else await asyncio.to_thread(check_iso, request.mount)
+        disks, usb_storage = await asyncio.to_thread(
+            check_disks, request.disks, request.usb_storage, stored.vm_dir.disk
+        )
         await asyncio.to_thread(
             check_free_space, stored.vm_dir.path, _NEEDED_BYTES, f"run {stored.name}"
         )
         await self._driver.check_ready(config.architecture, config.firmware)
         await check_network(network)
+        if request.vnc_port is not None and request.vnc is VncMode.ENABLED:
+            await asyncio.to_thread(check_vnc_port, request.vnc_port)
         problems: list[str] = []
+        if len(request.vnc_password or "") > _PASSWORD_LENGTH:
+            problems.append(f"of the VNC password only the first {_PASSWORD_LENGTH} letters count")
         boots_from_disk = mount is None and not request.recovery_mode
         if boots_from_disk and lacks_system(config, stored.allocated_bytes):
             problems.append(
@@ -141,6 +147,10 @@ class Power:
             mount=mount,
             network=request.network,
             vnc=request.vnc,
+            vnc_port=request.vnc_port,
+            vnc_password=request.vnc_password,
+            disks=disks,
+            usb_storage=usb_storage,
         )
         return RunPlan(options, network, tuple(problems))
 
@@ -228,8 +238,7 @@ class Power:
         if lock is None:
             raise WrongState(f"Virtual machine already running: {vm_dir.name}")
         stack.callback(lock.close)
-        vnc = plan.options.vnc is VncMode.ENABLED
-        password = "".join(secrets.choice(_PASSWORD_LETTERS) for _ in range(8)) if vnc else None
+        password = _choose_password(plan.options)
         await live.save(vnc_password=password)
         runtime_dir = Path(live.record.runtime_dir)
         await asyncio.to_thread(_prepare_files, vm_dir, runtime_dir)
@@ -281,10 +290,13 @@ class Power:
                 uefi_vars=vm_dir.uefi_vars if config.firmware is Firmware.UEFI else None,
                 seed=seed,
                 iso=None if plan.options.mount is None else Path(plan.options.mount),
+                disks=plan.options.disks,
+                usb_storage=plan.options.usb_storage,
                 direct_kernel=direct,
                 network=network,
                 shares=shares,
                 vnc_password=password,
+                vnc_port=plan.options.vnc_port,
                 lock_fd=lock.fd,
             )
         )
@@ -428,25 +440,20 @@ def _release(lock: RunLock | None) -> None:
         lock.close()
 
 
+def _choose_password(options: RunOptions) -> str | None:
+    """What VNC asks for; None without VNC."""
+    if options.vnc is VncMode.DISABLED:
+        return None
+    return options.vnc_password or "".join(
+        secrets.choice(_PASSWORD_LETTERS) for _ in range(_PASSWORD_LENGTH)
+    )
+
+
 def _check_shares(request: RunRequest) -> tuple[SharedDirectory, ...]:
     wanted = [
         (check_host_path(share.host_path), share.read_only) for share in request.shared_directories
     ]
     return plan_shares(wanted)
-
-
-def _check_iso(request: RunRequest) -> str:
-    text = request.mount or ""
-    try:
-        path = expand_path(text)
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ValueError("is no regular file")
-        if not os.access(path, os.R_OK):
-            raise ValueError("cannot be read by this server's user")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InvalidField(f"mount {text!r:.200} {reason}", fields={"mount": reason}) from error
-    return str(path.resolve())
 
 
 def _prepare_files(vm_dir: VmDir, runtime_dir: Path) -> None:

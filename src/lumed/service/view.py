@@ -77,6 +77,8 @@ def _build(stored: StoredVm, live: LiveMachine | None, operation: str | None) ->
         accelerator=record.accelerator if record else None,
         started_at=record.started_at if record else None,
         recovery_mode=record.options.recovery_mode if record else False,
+        disks=record.options.disks if record else (),
+        usb_storage=record.options.usb_storage if record else (),
         problems=live.problems if live else (),
         operation=operation,
         last_end=None if live else stored.end,

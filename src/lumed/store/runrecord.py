@@ -9,7 +9,8 @@ from typing import Any
 from lumed.errors import Damaged
 from lumed.files import read_json_object, write_json
 from lumed.model.end import EndCause, MachineEnd
-from lumed.model.run import Forward, RunOptions, SharedDirectory, VncMode
+from lumed.model.run import AttachedDisk, Forward, RunOptions, SharedDirectory, VncMode
+from lumed.model.vm import DiskFormat
 from lumed.osproc import ProcessId
 
 
@@ -58,6 +59,8 @@ def read_run_record(path: Path) -> RunRecord | None:
                             SharedDirectory(**share) for share in options["shared_directories"]
                         ),
                         "vnc": VncMode(options["vnc"]),
+                        "disks": _disks(options.get("disks", ())),
+                        "usb_storage": _disks(options.get("usb_storage", ())),
                     }
                 ),
                 "process": None if process is None else ProcessId(**process),
@@ -69,6 +72,10 @@ def read_run_record(path: Path) -> RunRecord | None:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
+
+
+def _disks(items: Any) -> tuple[AttachedDisk, ...]:
+    return tuple(AttachedDisk(item["path"], DiskFormat(item["format"])) for item in items)
 
 
 def write_end_record(path: Path, end: MachineEnd) -> None:

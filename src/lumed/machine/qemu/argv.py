@@ -16,6 +16,8 @@ from lumed.units import MIB
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 AGENT_PORT = "org.qemu.guest_agent.0"
+FIRST_VNC_PORT = 5900
+_USB_PORTS = 16  # of each speed
 _MACHINES = {
     Architecture.AMD64: "q35,vmport=off",
     # Version 3 of the interrupt controller: version 2, the default, serves 8 processors.
@@ -59,6 +61,9 @@ def build_argv(
     argv += ["-machine", machine, *accelerator]
     argv += ["-smp", str(spec.cpu_count), "-m", f"{spec.memory_bytes // MIB}M", "-rtc", "base=utc"]
     argv += _chardevs(spec, sockets)
+    if spec.usb_storage or spec.architecture is Architecture.ARM64:
+        # p2 and p3: how many ports it has, where four are the default.
+        argv += _device("qemu-xhci", p2=_USB_PORTS, p3=_USB_PORTS)
     argv += _disks(spec)
     argv += _console(spec)
     if spec.direct_kernel is not None:
@@ -104,9 +109,17 @@ def _disks(spec: MachineSpec) -> list[str]:
             argv += _device("scsi-cd", drive="iso0", bootindex=0)
         else:
             argv += _device("ide-cd", drive="iso0", bootindex=0)
+    for number, disk in enumerate(spec.disks, 1):
+        name = f"disk{number}"
+        argv += _file_node(name, Path(disk.path), disk.format.value, discard="unmap")
+        argv += _device("virtio-blk-pci", drive=name, serial=name)
     if spec.seed is not None:
         argv += _file_node("seed0", spec.seed, "raw", read_only=True)
         argv += _device("virtio-blk-pci", drive="seed0", serial="seed0")
+    for number, disk in enumerate(spec.usb_storage):
+        name = f"usb{number}"
+        argv += _file_node(name, Path(disk.path), disk.format.value, read_only=True)
+        argv += _device("usb-storage", drive=name, serial=name, removable=True)
     return argv
 
 
@@ -117,7 +130,7 @@ def _console(spec: MachineSpec) -> list[str]:
         # shows that one's console, knows neither this size nor a change of it.
         argv = _device("virtio-gpu-pci", **size)
         # AAVMF reads no virtio keyboard.
-        argv += _device("qemu-xhci") + _device("usb-kbd") + _device("usb-tablet")
+        argv += _device("usb-kbd") + _device("usb-tablet")
     else:
         argv = _device("VGA", **size, vgamem_mb=64)
         argv += _device("virtio-keyboard-pci") + _device("virtio-tablet-pci")
@@ -127,7 +140,8 @@ def _console(spec: MachineSpec) -> list[str]:
     else:
         # QEMU picks the first free port itself; the password comes later, over the monitor,
         # and until then nobody can log in.
-        argv += ["-vnc", "127.0.0.1:0,to=2000,password=on"]
+        where = "0,to=2000" if spec.vnc_port is None else str(spec.vnc_port - FIRST_VNC_PORT)
+        argv += ["-vnc", f"127.0.0.1:{where},password=on"]
     return argv
 
 
