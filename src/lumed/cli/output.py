@@ -31,6 +31,9 @@ class Column(Generic[T]):
 
 def clean(text: str) -> str:
     """Text with its control characters written out, so that none reaches a terminal."""
+    # Nearly all of it, and quicker told.
+    if text.isprintable():
+        return text
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
