@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,6 +103,32 @@ def use_and_be_reached(guest: Guest, peer: Outside, net: NetDevice) -> None:
     for port, guest_port in ((22, 22), (8000, 8000), (7001, 7000)):
         serve_once(guest, guest_port)
         assert fetch(net.address, port) == f"guest-{guest_port}\n".encode()
+
+
+def ask_closed_ports(address: str) -> list[str]:
+    """What clients see that send a request 10 ms after they were let in, which is not slow."""
+    seen = []
+    for port in [8080, 8443] * 10:
+        with socket.create_connection((address, port), timeout=10) as client:
+            try:
+                time.sleep(0.01)
+                client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                seen.append("an answer" if client.recv(1) else "a bare end")
+            except (ConnectionResetError, BrokenPipeError):
+                seen.append("a reset")
+    return seen
+
+
+async def test_who_asks_a_port_that_the_guest_refuses_is_refused(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    """Clients that poll for a server take a reset for "not yet", and a bare end for broken."""
+    async with start_user_network(uuid=UUID, ports=(), log=tmp_path / "log") as net:
+        assert net.address is not None
+        with boot(kernel, net, MAC) as guest:
+            await asyncio.to_thread(guest.use_dhcp)
+            seen = await asyncio.to_thread(ask_closed_ports, net.address)
+    assert set(seen) == {"a reset"}, seen
 
 
 def serve_once(guest: Guest, port: int) -> None:

@@ -15,6 +15,7 @@ from lumed.network.host import parse_default_interface, parse_nameservers
 from lumed.network.passt_guard import (
     Presence,
     is_allowed,
+    is_refusal,
     make_missing_ack,
     make_refusal,
 )
@@ -196,6 +197,7 @@ def test_no_frame_is_too_odd_for_the_guard(frame: bytes) -> None:
     for whole in (frame, odd):
         is_allowed(whole)
         make_missing_ack(whole)
+        is_refusal(whole)
 
 
 def tcp_frame(flags: int, source: str = "10.0.2.2", target: str = "10.0.2.15") -> bytes:
@@ -215,6 +217,16 @@ def test_the_guard_refuses_a_syn_in_the_guests_name_and_nothing_else() -> None:
     assert struct.unpack("!HHIIBB", reset[34:48]) == (22, 40_000, 0, 100, 5 << 4, 0x14)
     for flags in (0x10, 0x12, 0x11, 0x14, 0x18):
         assert make_refusal(tcp_frame(flags)) is None
+
+
+def test_a_guests_refusal_is_told_from_its_other_resets() -> None:
+    refusal = make_refusal(tcp_frame(0x02))
+    assert refusal is not None
+    assert is_refusal(refusal)
+    # In the middle of a connection a reset has the next sequence number.
+    assert not is_refusal(tcp_frame(0x14))
+    for flags in (0x02, 0x04, 0x10, 0x11, 0x12):
+        assert not is_refusal(refusal[:47] + bytes([flags]) + refusal[48:])
 
 
 def test_a_guest_is_there_once_it_has_an_address_and_until_it_asks_for_one_again() -> None:

@@ -1,4 +1,4 @@
-"""A relay between QEMU and an old passt that makes up for four of its faults.
+"""A relay between QEMU and an old passt that makes up for five of its faults.
 
 All were seen with Debian 12's passt of March 2023, and not with those of 2025 and 2026:
 
@@ -14,6 +14,10 @@ All were seen with Debian 12's passt of March 2023, and not with those of 2025 a
 - While a connection that the guest has not answered is given up by its client, it spins on the
   client's hang-up, for 10 s at 100 % of a core. So a SYN to a guest that has no address yet is
   refused here at once, as the guest's own system would once it is up.
+- A guest's refusal becomes the bare end of a connection that was accepted, unless the client's
+  request lies there unread: then the kernel makes a reset of it. Clients that poll until a server
+  is there take a reset for "not yet", and a bare end for a broken server. So a refusal is held
+  back here until a client that speaks first has had the time to.
 
 It is run as a program of its own (`python -I -S passt_guard.py GUEST_FD PASST_FD`), since it
 must live as long as the machine and not as long as the server. Either socket carries Ethernet
@@ -24,6 +28,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import queue
 import select
 import socket
 import struct
@@ -31,6 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 _ARP = b"\x08\x06"
 _IPV4 = b"\x08\x00"
@@ -43,6 +49,7 @@ _LARGEST_FRAME = 65_536 + 18
 _BUFFER = 1 << 18
 _SIOCOUTQ = 0x5411
 _READ_STEP_S = 0.0002
+_REFUSAL_S = 0.1
 
 
 def is_allowed(frame: bytes | memoryview) -> bool:
@@ -57,12 +64,12 @@ def is_allowed(frame: bytes | memoryview) -> bool:
     return kind == _ARP
 
 
-def has_syn(frame: bytes | memoryview) -> bool:
-    """Whether the frame holds a TCP segment with the SYN flag."""
+def tcp_flags(frame: bytes | memoryview) -> int:
+    """The flags of a TCP segment; 0 for every other frame."""
     if len(frame) < 54 or frame[23] != _TCP or frame[12:14] != _IPV4:
-        return False
+        return 0
     flags = _tcp_start(frame) + 13
-    return flags < len(frame) and bool(frame[flags] & _SYN)
+    return frame[flags] & _TCP_FLAGS if flags < len(frame) else 0
 
 
 def _tcp_start(frame: bytes | memoryview) -> int:
@@ -71,11 +78,9 @@ def _tcp_start(frame: bytes | memoryview) -> int:
 
 def make_missing_ack(frame: bytes | memoryview) -> bytes | None:
     """The frame that acknowledges a guest's SYN-ACK; None for every other frame."""
-    if not has_syn(frame):
+    if tcp_flags(frame) != _SYN | _ACK:
         return None
     start = _tcp_start(frame)
-    if frame[start + 13] & _TCP_FLAGS != _SYN | _ACK:
-        return None
     guest_port, port, guest_seq, seq = struct.unpack_from("!HHII", frame, start)
     # A window of 256, which is 64 KiB by the scale that passt offers, until its own first word.
     return _answer(frame, struct.pack("!HHII", port, guest_port, seq, _after(guest_seq)), _ACK, 256)
@@ -83,13 +88,19 @@ def make_missing_ack(frame: bytes | memoryview) -> bytes | None:
 
 def make_refusal(frame: bytes | memoryview) -> bytes | None:
     """The reset that refuses a client's SYN; None for every other frame."""
-    if not has_syn(frame):
+    if tcp_flags(frame) != _SYN:
         return None
     start = _tcp_start(frame)
-    if frame[start + 13] & _TCP_FLAGS != _SYN:
-        return None
     port, guest_port, seq = struct.unpack_from("!HHI", frame, start)
     return _answer(frame, struct.pack("!HHII", guest_port, port, 0, _after(seq)), _RST | _ACK, 0)
+
+
+def is_refusal(frame: bytes | memoryview) -> bool:
+    """Whether a guest refuses a connection: such a reset has the sequence number 0 (RFC 9293)."""
+    if tcp_flags(frame) != _RST | _ACK:
+        return False
+    start = _tcp_start(frame)
+    return frame[start + 4 : start + 8] == _NOBODY
 
 
 def _after(sequence: int) -> int:
@@ -192,7 +203,26 @@ class Presence:
             self.is_up = self.is_up or frame[34:36] == _DHCP_SERVER
 
 
-def relay_guest(guest: Link, passt: Link, presence: Presence) -> None:
+class Refusals:
+    """The guest's refusals that passt is to hear of later, oldest first."""
+
+    def __init__(self) -> None:
+        self._held: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+
+    def hold(self, frame: bytes | memoryview) -> None:
+        """Take a refusal; bytes, since the place of a received frame is used again."""
+        held = struct.pack("!I", len(frame)) + bytes(frame)
+        self._held.put((time.monotonic() + _REFUSAL_S, held))
+
+    def release(self, passt: Link) -> None:
+        """Send each when its time has come, until passt has ended."""
+        while True:
+            due, held = self._held.get()
+            time.sleep(max(0.0, due - time.monotonic()))
+            passt.send(held)
+
+
+def relay_guest(guest: Link, passt: Link, presence: Presence, refusals: Refusals) -> None:
     """Pass on what the guest sends, until a socket ends or the framing is broken.
 
     A read usually holds many frames; they go out in as few writes as possible.
@@ -205,7 +235,11 @@ def relay_guest(guest: Link, passt: Link, presence: Presence) -> None:
             if not is_allowed(frame):
                 passt.send(frames[unsent : start - 4])
                 unsent = end
-            elif has_syn(frame):
+            elif is_refusal(frame):
+                passt.send(frames[unsent : start - 4])
+                unsent = end
+                refusals.hold(frame)
+            elif tcp_flags(frame) & _SYN:
                 passt.send(frames[unsent:end])
                 unsent = end
                 _wait_read(passt, guest)
@@ -243,20 +277,23 @@ def main(guest_fd: int, passt_fd: int) -> None:
     guest = Link(socket.socket(fileno=guest_fd))
     passt = Link(socket.socket(fileno=passt_fd))
     presence = Presence()
+    refusals = Refusals()
     # A thread for each way: one loop that waits to write would keep passt waiting for it to read.
-    threading.Thread(target=_run, args=(relay_passt, passt, guest, presence), daemon=True).start()
-    _run(relay_guest, guest, passt, presence)
+    for beside in (
+        partial(relay_passt, passt, guest, presence),
+        partial(refusals.release, passt),
+    ):
+        threading.Thread(target=_run, args=(beside,), daemon=True).start()
+    _run(partial(relay_guest, guest, passt, presence, refusals))
 
 
-def _run(
-    relay: Callable[[Link, Link, Presence], None], source: Link, sink: Link, presence: Presence
-) -> None:
+def _run(relay: Callable[[], None]) -> None:
     try:
-        relay(source, sink, presence)
+        relay()
     except OSError:
         pass  # the other end closed while we wrote, which ends us like its closing does
     finally:
-        # Not sys.exit: the other thread sits in a read, and its end is of no use to anybody.
+        # Not sys.exit: the other threads wait for something, and their end is of no use to anybody.
         os._exit(0)
 
 
