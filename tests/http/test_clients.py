@@ -1,7 +1,8 @@
 """What clients in the field send, and what they take an answer for (contract, sections 1 to 6).
 
-Read in the sources of pylume 0.2.1, cua-computer 0.4 and cua-sandbox 0.9: they poll, look at a
-few keys, and take an unexpected null, word or key for something else.
+Read in the sources of pylume 0.2, cua-computer 0.1 to 0.5 and cua-sandbox 0.1 to 0.9, and seen
+when they were run: they poll, look at a few keys, and take an unexpected null, word or key for
+something else.
 """
 
 from __future__ import annotations
@@ -160,6 +161,15 @@ async def test_a_storage_comes_in_the_body_or_percent_encoded_in_the_query(
     assert (await client.delete(f"{VMS}/web?storage=ssd")).status_code == 404
     reply = await client.delete(f"{VMS}/web{query}")
     assert (reply.status_code, reply.json()["name"]) == (200, "web")
+
+
+async def test_a_list_is_a_bare_array_also_with_a_slash_after_it(client: Client) -> None:
+    """cua-computer looks for a key `vms` in it, and finds no VM in Lume either."""
+    assert (await client.get(f"{VMS}/")).json() == []
+    await create(client, "web")
+    for path in (VMS, f"{VMS}/"):
+        reply = await client.get(path)
+        assert (reply.status_code, [vm["name"] for vm in reply.json()]) == (200, ["web"])
 
 
 # Pulls
