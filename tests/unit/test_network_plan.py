@@ -223,6 +223,7 @@ def test_a_guests_refusal_is_told_from_its_other_resets() -> None:
     refusal = make_refusal(tcp_frame(0x02))
     assert refusal is not None
     assert is_refusal(refusal)
+    assert not is_refusal(refusal + bytes(1000))
     # In the middle of a connection a reset has the next sequence number.
     assert not is_refusal(tcp_frame(0x14))
     for flags in (0x02, 0x04, 0x10, 0x11, 0x12):

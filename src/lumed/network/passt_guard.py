@@ -50,6 +50,7 @@ _BUFFER = 1 << 18
 _SIOCOUTQ = 0x5411
 _READ_STEP_S = 0.0002
 _REFUSAL_S = 0.1
+_LONGEST_REFUSAL = 14 + 60 + 60  # Ethernet, and both headers with all options
 
 
 def is_allowed(frame: bytes | memoryview) -> bool:
@@ -97,7 +98,8 @@ def make_refusal(frame: bytes | memoryview) -> bytes | None:
 
 def is_refusal(frame: bytes | memoryview) -> bool:
     """Whether a guest refuses a connection: such a reset has the sequence number 0 (RFC 9293)."""
-    if tcp_flags(frame) != _RST | _ACK:
+    # A longer one is none, and would only fill our memory.
+    if tcp_flags(frame) != _RST | _ACK or len(frame) > _LONGEST_REFUSAL:
         return False
     start = _tcp_start(frame)
     return frame[start + 4 : start + 8] == _NOBODY
