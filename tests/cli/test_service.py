@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -42,6 +43,13 @@ class Systemd:
         text = calls.read_text()
         calls.write_text("")
         return text.splitlines()
+
+    def end_main_process(self) -> None:
+        """Kill it, as it crashes; its restart is still to come."""
+        pidfd = os.pidfd_open(self.pid)
+        os.kill(self.pid, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 10)[0]
+        os.close(pidfd)
 
 
 @pytest.fixture
@@ -115,6 +123,60 @@ def test_the_service_takes_over_is_changed_and_goes(
         assert main(["service", "status"]) == 1
         assert "active: no" in capfd.readouterr().out
         assert main(["service", "uninstall"]) == 0
+
+
+def test_a_command_that_finds_no_server_starts_the_service(
+    systemd: Systemd, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = ["--home", str(tmp_path / "home")]
+    assert main(["service", "install", *home, "--port", str(free_port())]) == 0
+    systemd.end_main_process()
+    first = systemd.pid
+    capfd.readouterr()
+    assert main(["ls", *home]) == 0
+    assert systemd.pid != first
+    record = json.loads((tmp_path / "home" / "server.json").read_text())
+    assert record["pid"] == systemd.pid
+    assert "no server was running" not in capfd.readouterr().err
+
+
+def test_a_service_that_does_not_start_is_no_server(
+    systemd: Systemd, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home, port = tmp_path / "home", free_port()
+    assert main(["service", "install", "--home", str(home), "--port", str(port)]) == 0
+    systemd.end_main_process()
+    with socket.create_server(("127.0.0.1", port)):
+        assert main(["ls", "--home", str(home)]) == 1
+    assert "ends at once\n  why: journalctl --user -u lumed.service" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "uid", "used"),
+    [
+        ("", None, f"/run/user/{os.getuid()}"),
+        ("/nowhere", None, f"/run/user/{os.getuid()}"),
+        # As su leaves it: of the user that one was before.
+        ("{tmp_path}", 12345, "/run/user/12345"),
+        ("{tmp_path}", None, "{tmp_path}"),
+    ],
+)
+def test_systemd_is_asked_where_this_users_listens(
+    given: str,
+    uid: int | None,
+    used: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "systemctl").write_text('#!/bin/sh\necho "asked: $XDG_RUNTIME_DIR" >&2; exit 1\n')
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", given.format(tmp_path=tmp_path))
+    if uid is not None:
+        monkeypatch.setattr(os, "getuid", lambda: uid)
+    assert main(["service", "status"]) == 1
+    assert f"asked: {used.format(tmp_path=tmp_path)}\n" in capfd.readouterr().err
 
 
 def test_a_server_that_does_not_start_is_no_success(

@@ -56,6 +56,9 @@ def control(words: list[str], state: dict[str, Any]) -> int:
         case ["restart", _]:
             stop(state)
             start(state)
+        case ["start", _]:
+            if not active:
+                start(state)
         case ["is-active", _]:
             print("active" if active else "inactive")
             return 0 if active else 3

@@ -47,7 +47,10 @@ class Link:
                     f"No server runs for {home.root}",
                     hint="start one: lume serve; or leave out --no-start",
                 )
-            self._start_server(home)
+            from lumed.cli.systemd import start_service
+
+            if not start_service(home):
+                self._start_server(home)
         from lumed.client.client import Client
 
         return Client(home=home.root)

@@ -3,7 +3,8 @@
 KillMode=process: systemd ends the server only, so machines outlive a stop and a restart of the
 service. They stay in its control group; at the next start systemd notes "left-over process" in
 its journal and leaves them alone, and the server finds them as it always does. What ends them is
-the end of the user's systemd: the last log-out, unless lingering is enabled, or a shutdown.
+the end of the user's systemd: the last log-out, unless lingering is enabled, or a shutdown. They
+are killed then, not shut down.
 """
 
 from __future__ import annotations
@@ -15,34 +16,40 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter, validators
 
-from lumed.cli.link import DEFAULT_PORT, answers
+from lumed.cli.link import DEFAULT_PORT
 from lumed.cli.output import say, show, show_data
+from lumed.cli.systemd import (
+    UNIT,
+    ask,
+    ask_manager,
+    find_server,
+    find_url,
+    main_pid,
+    read_home,
+    read_unit,
+    run_tool,
+    systemctl,
+    unit_path,
+    wait_ready,
+)
 from lumed.cli.vms import AsFormat
-from lumed.client.discover import find_home, find_record
+from lumed.client.discover import find_home
 from lumed.errors import InvalidField, LumedError, NotPossibleHere, TimedOut
 from lumed.files import write_atomic
-from lumed.osproc import ProcessId, find_process, send_signal, wait_gone
+from lumed.osproc import send_signal, wait_gone
 
 if TYPE_CHECKING:
     from lumed.store.layout import Home
 
-UNIT = "lumed.service"
-_TOOL_S = 60.0
-_START_S = 60.0
 _END_S = 30.0
-_LOOK_S = 1.0
 # A user manager's own PATH is short, and what the server runs may be elsewhere.
 _KEPT = ("PATH", "LUME_ACCEL", "LUME_LOG_LEVEL")
-_HOME_LINE = re.compile(r"^X-Home=(.*)$", re.MULTILINE)
-_FAILED = ("auto-restart", "failed")
 
 HomeOption = Annotated[Path | None, Parameter(help="home directory (or LUME_HOME)")]
 
@@ -75,20 +82,20 @@ def install(
     found, named = find_home(home)
     command = _plan_command(found, named, port, serve_options)
     _check_manager(command)
-    unit, text = _unit_path(), plan_unit(command, found)
-    is_new = _read(unit) != text
+    unit, text = unit_path(), plan_unit(command, found)
+    is_new = read_unit() != text
     if is_new:
         unit.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(unit, text.encode(), 0o644)
-        _systemctl("daemon-reload")
+        systemctl("daemon-reload")
     say(f"{unit} is {'written' if is_new else 'as it was'}")
-    _systemctl("enable", UNIT)
+    systemctl("enable", UNIT)
     if is_new or not _is_active():
         _end_other_server(found)
         # One that has failed too often would be refused.
-        _ask("reset-failed", UNIT)
-        _systemctl("restart", UNIT)
-    url = _wait_ready(found)
+        ask("reset-failed", UNIT)
+        systemctl("restart", UNIT)
+    url = wait_ready(found)
     say(f"{UNIT} is enabled, and running")
     _offer_linger(linger)
     show(url)
@@ -100,14 +107,14 @@ def uninstall() -> None:
 
     Example: lume service uninstall
     """
-    unit = _unit_path()
+    unit = unit_path()
     if not unit.exists():
         say(f"there is no {unit}")
         return
     _check_manager(_plan_command(*find_home(), DEFAULT_PORT, ()))
-    _systemctl("disable", "--now", UNIT)
+    systemctl("disable", "--now", UNIT)
     unit.unlink()
-    _systemctl("daemon-reload")
+    systemctl("daemon-reload")
     say(f"{unit} is removed; machines run on, and the next lume command starts a server for them")
 
 
@@ -119,17 +126,17 @@ def status(*, format: AsFormat = "text") -> int:
 
     Example: lume service status
     """
-    unit = _unit_path()
-    text = _read(unit)
+    unit = unit_path()
+    text = read_unit()
     _check_manager(_plan_command(*find_home(), DEFAULT_PORT, ()))
-    home, _ = find_home(_read_home(text))
+    home, _ = find_home(read_home(text))
     active = _is_active()
     facts = {
         "installed": str(unit) if text else None,
-        "enabled": _ask("is-enabled", UNIT) == "enabled",
+        "enabled": ask("is-enabled", UNIT) == "enabled",
         "active": active,
         "home": str(home.root),
-        "url": _find_url(home) if active else None,
+        "url": find_url(home) if active else None,
         "lingers": _lingers(),
     }
     if format != "text":
@@ -192,55 +199,8 @@ def _plan_command(
     return (*python, "serve", "--port", str(port), *where, *serve_options)
 
 
-def _unit_path() -> Path:
-    config = os.environ.get("XDG_CONFIG_HOME") or ""
-    # The specification has relative paths ignored.
-    folder = Path(config) if config.startswith("/") else Path.home() / ".config"
-    return folder / "systemd" / "user" / UNIT
-
-
-def _read(unit: Path) -> str:
-    try:
-        return unit.read_text(errors="replace")
-    except FileNotFoundError:
-        return ""
-
-
-def _read_home(unit_text: str) -> str | None:
-    found = _HOME_LINE.search(unit_text)
-    return None if found is None else found[1]
-
-
-def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            [program, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TOOL_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        said = f"{program} {' '.join(arguments)}"
-        raise TimedOut(f"{said} did not end within {_TOOL_S:g} s") from error
-
-
-def _systemctl(*arguments: str) -> None:
-    ended = _run("systemctl", "--user", *arguments)
-    if ended.returncode != 0:
-        said = ended.stderr.strip() or f"status {ended.returncode}"
-        raise LumedError(f"systemctl --user {' '.join(arguments)} failed: {said}")
-
-
-def _ask(*arguments: str) -> str:
-    """What systemctl answers; its status says no more."""
-    return _run("systemctl", "--user", *arguments).stdout.strip()
-
-
 def _is_active() -> bool:
-    return _ask("is-active", UNIT) == "active"
+    return ask("is-active", UNIT) == "active"
 
 
 def _check_manager(command: tuple[str, ...]) -> None:
@@ -248,10 +208,9 @@ def _check_manager(command: tuple[str, ...]) -> None:
     if shutil.which("systemctl") is None:
         reason = "systemd is not here"
     else:
-        ended = _run("systemctl", "--user", "show-environment")
-        if ended.returncode == 0:
+        said = ask_manager()
+        if said is None:
             return
-        said = ended.stderr.strip() or f"status {ended.returncode}"
         reason = f"no systemd answers for this user: {said}"
     # The server writes logs of its own.
     line = f"{shlex.join(command)} >/dev/null 2>&1"
@@ -260,8 +219,8 @@ def _check_manager(command: tuple[str, ...]) -> None:
     more: tuple[str, ...] = ()
     if Path("/run/systemd/system").exists():
         more = (
-            "after su or sudo there is none: log in as this user, or first\n"
-            f"export XDG_RUNTIME_DIR=/run/user/{os.getuid()}",
+            "su and sudo start none: log in as this user, or, as root:\n"
+            f"loginctl enable-linger {getpass.getuser()}",
         )
     hints = (
         *more,
@@ -275,8 +234,8 @@ def _check_manager(command: tuple[str, ...]) -> None:
 
 def _end_other_server(home: Home) -> None:
     """End the server that runs for the home by other means, such as a command that needed one."""
-    process = _find_server(home)
-    if process is None or process.pid == _main_pid():
+    process = find_server(home)
+    if process is None or process.pid == main_pid():
         return
     send_signal(process, signal.SIGTERM)
     if not asyncio.run(wait_gone(process, _END_S)):
@@ -284,46 +243,11 @@ def _end_other_server(home: Home) -> None:
     say(f"the server that ran (process {process.pid}) is ended; its machines run on")
 
 
-def _main_pid() -> int:
-    told = _ask("show", "-p", "MainPID", "--value", UNIT)
-    return int(told) if told.isdigit() else 0
-
-
-def _find_server(home: Home) -> ProcessId | None:
-    record = find_record(home)
-    process = None if record is None else find_process(record.pid)
-    if record is None or process is None or process.start_ticks != record.start_ticks:
-        return None
-    return process
-
-
-def _find_url(home: Home) -> str | None:
-    record = find_record(home)
-    return record.url if record is not None and answers(record.socket) else None
-
-
-def _wait_ready(home: Home) -> str:
-    """The URL of the service's server, once it answers."""
-    hint = f"why: journalctl --user -u {UNIT} -n 20"
-    give_up_at = time.monotonic() + _START_S
-    while True:
-        look_again_at = time.monotonic() + _LOOK_S
-        while (url := _find_url(home)) is None and time.monotonic() < look_again_at:
-            time.sleep(0.02)
-        process = _find_server(home)
-        if url is not None and process is not None and process.pid == _main_pid():
-            return url
-        if _ask("show", "-p", "SubState", "--value", UNIT) in _FAILED:
-            raise LumedError("The server of the service ends at once", hint=hint)
-        if time.monotonic() > give_up_at:
-            raise TimedOut(f"The service was not ready within {_START_S:g} s", hint=hint)
-
-
 def _lingers() -> bool | None:
     """Whether this user's services run without a log-in; None where nobody knows."""
     if shutil.which("loginctl") is None:
         return None
-    told = _run("loginctl", "show-user", getpass.getuser(), "-p", "Linger", "--value")
+    told = run_tool("loginctl", "show-user", getpass.getuser(), "-p", "Linger", "--value")
     return None if told.returncode != 0 else told.stdout.strip() == "yes"
 
 
@@ -336,7 +260,7 @@ def _offer_linger(wanted: bool) -> None:
             "to have it from the boot on: loginctl enable-linger"
         )
         return
-    ended = _run("loginctl", "enable-linger")
+    ended = run_tool("loginctl", "enable-linger")
     if ended.returncode != 0:
         raise LumedError(
             f"loginctl enable-linger failed: {ended.stderr.strip()}",
