@@ -51,6 +51,11 @@ class Systemd:
         assert select.select([pidfd], [], [], 10)[0]
         os.close(pidfd)
 
+    def take_as_main_process(self, pid: int) -> None:
+        """Another process stands for one of the service that is still starting."""
+        state = self.folder / "state.json"
+        state.write_text(json.dumps({**json.loads(state.read_text()), "pid": pid}))
+
 
 @pytest.fixture
 def systemd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Systemd]:
@@ -149,6 +154,32 @@ def test_a_service_that_does_not_start_is_no_server(
     with socket.create_server(("127.0.0.1", port)):
         assert main(["ls", "--home", str(home)]) == 1
     assert "ends at once\n  why: journalctl --user -u lumed.service" in capfd.readouterr().err
+
+
+def test_another_server_that_has_the_home_is_told_and_ended(
+    systemd: Systemd, tmp_path: Path, image_cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "home"
+    install = ["service", "install", "--home", str(home), "--port", str(free_port())]
+    assert main(install) == 0
+    systemd.end_main_process()
+    with (
+        running_server(home, image_cache) as other,
+        subprocess.Popen(["sleep", "60"]) as starting,
+    ):
+        assert other.process is not None
+        systemd.take_as_main_process(starting.pid)
+        capfd.readouterr()
+        assert main(["service", "status"]) == 0
+        told = capfd.readouterr()
+        assert f"another server (process {other.process.pid}) has the home" in told.err
+        assert "url: -" in told.out
+        assert main(install) == 0
+        assert other.process.wait(10) == 0
+    assert main(["service", "status"]) == 0
+    told = capfd.readouterr()
+    assert "another server" not in told.err.splitlines()[-1]
+    assert f"url: http://127.0.0.1:{install[-1]}" in told.out
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def install(
         systemctl("daemon-reload")
     say(f"{unit} is {'written' if is_new else 'as it was'}")
     systemctl("enable", UNIT)
-    if is_new or not _is_active():
-        _end_other_server(found)
+    # While another server holds the home, the service is active again and again, for moments.
+    if _end_other_server(found) or is_new or not _is_active():
         # One that has failed too often would be refused.
         ask("reset-failed", UNIT)
         systemctl("restart", UNIT)
@@ -131,14 +131,21 @@ def status(*, format: AsFormat = "text") -> int:
     _check_manager(_plan_command(*find_home(), DEFAULT_PORT, ()))
     home, _ = find_home(read_home(text))
     active = _is_active()
+    server = find_server(home)
+    serves = server is not None and server.pid == main_pid()
     facts = {
         "installed": str(unit) if text else None,
         "enabled": ask("is-enabled", UNIT) == "enabled",
         "active": active,
         "home": str(home.root),
-        "url": find_url(home) if active else None,
+        "url": find_url(home) if serves else None,
         "lingers": _lingers(),
     }
+    if text and server is not None and not serves:
+        say(
+            f"another server (process {server.pid}) has the home, so the service cannot serve it; "
+            f"kill {server.pid}, and the next lume command starts the service"
+        )
     if format != "text":
         show_data(facts, format)
     else:
@@ -232,15 +239,19 @@ def _check_manager(command: tuple[str, ...]) -> None:
     raise NotPossibleHere(f"There can be no service: {reason}", hint="\n  ".join(hints))
 
 
-def _end_other_server(home: Home) -> None:
-    """End the server that runs for the home by other means, such as a command that needed one."""
+def _end_other_server(home: Home) -> bool:
+    """End the server that runs for the home by other means, such as a command that needed one.
+
+    False if there is none.
+    """
     process = find_server(home)
     if process is None or process.pid == main_pid():
-        return
+        return False
     send_signal(process, signal.SIGTERM)
     if not asyncio.run(wait_gone(process, _END_S)):
         raise TimedOut(f"The server that runs (process {process.pid}) did not end in {_END_S:g} s")
     say(f"the server that ran (process {process.pid}) is ended; its machines run on")
+    return True
 
 
 def _lingers() -> bool | None:
