@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -18,6 +19,7 @@ import httpx2 as httpx
 import pytest
 
 from lumed.claim import is_locked
+from lumed.machine.qemu.driver import MONITOR
 from tests.system.harness import (
     NO_TLS,
     SMALL,
@@ -70,13 +72,20 @@ def test_a_machine_that_ends_while_no_server_watches_is_stopped_at_the_next_star
     server.run("web")
 
 
-def test_a_silent_machine_does_not_keep_the_server_from_starting(server: Server) -> None:
+@pytest.mark.parametrize("is_queue_full", [False, True])
+def test_a_silent_machine_does_not_keep_the_server_from_starting(
+    server: Server, is_queue_full: bool
+) -> None:
     server.create("web")
     server.create("other")
     server.run("web")
     pid = server.machine_pid("web")
     server.kill()
     os.kill(pid, signal.SIGSTOP)
+    if is_queue_full:
+        # As after some servers more: QEMU has not listened to them yet.
+        record = json.loads((server.vm_dir("web") / "run.json").read_text())
+        _fill_queue(Path(record["runtime_dir"]) / MONITOR)
     started = time.monotonic()
     server.start()
     assert time.monotonic() - started < 8
@@ -84,6 +93,15 @@ def test_a_silent_machine_does_not_keep_the_server_from_starting(server: Server)
     assert server.vm("other")["state"] == "stopped"
     os.kill(pid, signal.SIGCONT)
     server.wait_for("web", lambda vm: vm["state"] == "running", 10)
+
+
+def _fill_queue(path: Path) -> None:
+    """Connect to a socket whose process sleeps until it takes no more, and hang up."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
+        while True:
+            caller = stack.enter_context(socket.socket(socket.AF_UNIX))
+            caller.setblocking(False)
+            caller.connect(str(path))
 
 
 def test_a_machine_without_its_record_is_still_found_and_stopped(server: Server) -> None:

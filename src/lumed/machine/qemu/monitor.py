@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lumed.errors import MachineFailed, OutcomeUnknown, TimedOut
 
 # What lumed reacts to. The listener keeps a history, so nothing else may come in.
 _EVENTS = ("SHUTDOWN", "RESET", "STOP", "RESUME", "VSERPORT_CHANGE", "BLOCK_IO_ERROR")
+_QUEUE_LOOK_S = 0.5
 
 
 class Monitor:
@@ -36,7 +39,7 @@ class Monitor:
         self._listener = listener
 
     @classmethod
-    async def connect(cls, socket: Path, timeout_s: float | None) -> Monitor:
+    async def connect(cls, path: Path, timeout_s: float | None) -> Monitor:
         """Connect and negotiate; timeout_s None waits as long as the machine is silent.
 
         Raises TimedOut if the machine is silent (stopped, or its monitor is taken by another
@@ -47,11 +50,11 @@ class Monitor:
         client.register_listener(listener)
         try:
             async with asyncio.timeout(timeout_s):
-                await client.connect(str(socket))
+                await client.connect(await _connect(path))
         except TimeoutError as error:
             await _disconnect(client)
             raise TimedOut(f"QEMU's monitor was silent for {timeout_s:g} s") from error
-        except ConnectError as error:
+        except (ConnectError, OSError) as error:
             await _disconnect(client)
             raise MachineFailed(f"QEMU's monitor refused the connection: {error}") from error
         return cls(client, listener)
@@ -94,6 +97,27 @@ class Monitor:
     async def close(self) -> None:
         """Disconnect; the machine stays."""
         await _disconnect(self._client)
+
+
+async def _connect(path: Path) -> socket.socket:
+    """Connect, however many callers QEMU has not listened to yet; its queue holds two.
+
+    A non-blocking connect(2) to a unix socket whose queue is full fails with EAGAIN, and nothing
+    tells when there is room. asyncio takes that for a connection under way, and then for one.
+    """
+    caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        caller.setblocking(False)
+        while True:
+            try:
+                caller.connect(os.fspath(path))
+            except BlockingIOError:
+                await asyncio.sleep(_QUEUE_LOOK_S)
+            else:
+                return caller
+    except BaseException:
+        caller.close()
+        raise
 
 
 async def _disconnect(client: QMPClient) -> None:
