@@ -133,8 +133,8 @@ def test_the_service_takes_over_is_changed_and_goes(
 def test_a_command_that_finds_no_server_starts_the_service(
     systemd: Systemd, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    home = ["--home", str(tmp_path / "home")]
-    assert main(["service", "install", *home, "--port", str(free_port())]) == 0
+    home, port = ["--home", str(tmp_path / "home")], free_port()
+    assert main(["service", "install", *home, "--port", str(port)]) == 0
     systemd.end_main_process()
     first = systemd.pid
     capfd.readouterr()
@@ -142,7 +142,10 @@ def test_a_command_that_finds_no_server_starts_the_service(
     assert systemd.pid != first
     record = json.loads((tmp_path / "home" / "server.json").read_text())
     assert record["pid"] == systemd.pid
-    assert "no server was running" not in capfd.readouterr().err
+    assert capfd.readouterr().err.splitlines()[0] == (
+        "lume: no server was running; lumed.service is started, and listens on "
+        f"http://127.0.0.1:{port}"
+    )
 
 
 def test_a_service_that_does_not_start_is_no_server(

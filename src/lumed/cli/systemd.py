@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumed.cli.link import answers
+from lumed.cli.output import say
 from lumed.client.discover import find_record
 from lumed.errors import LumedError, TimedOut
 from lumed.osproc import ProcessId, find_process
@@ -151,7 +152,8 @@ def start_service(home: Home) -> bool:
         return False
     try:
         systemctl("start", UNIT)
-        wait_ready(home)
+        url = wait_ready(home)
+        say(f"lume: no server was running; {UNIT} is started, and listens on {url}")
     except LumedError:
         # A server that somebody has started meanwhile will do.
         if find_url(home) is None:
