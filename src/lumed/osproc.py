@@ -285,15 +285,17 @@ async def start_detached(
     argv: Sequence[str | Path],
     *,
     log: Path,
+    stdin: int | None = None,
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
 ) -> Child:
     """Start a program in its own session, its output appended to `log`; it outlives this process.
 
-    pass_fds keep their numbers in the child; no other descriptor is inherited.
+    stdin is a descriptor; without one there is nothing to read. pass_fds keep their numbers in the
+    child; no other descriptor is inherited.
     Raises MissingDependency if the program does not exist.
     """
-    spawn = partial(_spawn, argv, log, tuple(pass_fds), env)
+    spawn = partial(_spawn, argv, log, stdin, tuple(pass_fds), env)
     pid = await run_to_end(spawn, undo=_kill_and_reap)
     # Nobody else reaps our children, so the pid cannot have been reused yet.
     fd = os.pidfd_open(pid)
@@ -320,6 +322,7 @@ def _kill_and_reap(pid: int) -> None:
 def _spawn(
     argv: Sequence[str | Path],
     log: Path,
+    stdin: int | None,
     pass_fds: tuple[int, ...],
     env: Mapping[str, str] | None,
 ) -> int:
@@ -334,7 +337,7 @@ def _spawn(
             [os.fspath(part) for part in argv],
             os.environ if env is None else env,
             file_actions=[
-                (os.POSIX_SPAWN_DUP2, null, 0),
+                (os.POSIX_SPAWN_DUP2, null if stdin is None else stdin, 0),
                 (os.POSIX_SPAWN_DUP2, output, 1),
                 (os.POSIX_SPAWN_DUP2, output, 2),
                 *((os.POSIX_SPAWN_DUP2, fd, fd) for fd in pass_fds),

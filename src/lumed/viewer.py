@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 
 def has_desktop() -> bool:
@@ -10,12 +12,24 @@ def has_desktop() -> bool:
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def plan_settings(port: int, password: str, title: str) -> bytes:
-    """A remote-viewer(1) file for a VNC port of this host, which the viewer removes itself.
+@contextlib.contextmanager
+def open_settings(port: int, password: str, title: str) -> Iterator[int]:
+    """A descriptor to be standard input of `remote-viewer -`: settings for a VNC port of this host.
 
-    So the password is in a private file for a moment, and in no argv.
+    So the password is in no argv, and in no file that would stay where no window can be opened.
     """
+    settings = os.memfd_create("viewer")
+    try:
+        os.write(settings, plan_settings(port, password, title))
+        os.lseek(settings, 0, os.SEEK_SET)
+        yield settings
+    finally:
+        os.close(settings)
+
+
+def plan_settings(port: int, password: str, title: str) -> bytes:
+    """See remote-viewer(1), CONNECTION FILE."""
     return (
         f"[virt-viewer]\ntype=vnc\nhost=127.0.0.1\nport={port}\npassword={password}\n"
-        f"title={title}\ndelete-this-file=1\n"
+        f"title={title}\n"
     ).encode()

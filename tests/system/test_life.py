@@ -228,7 +228,9 @@ def test_a_viewer_opens_where_the_server_has_a_desktop(tmp_path: Path, image_cac
     tools.mkdir()
     viewer = tools / "remote-viewer"
     shown = tmp_path / "shown"
-    viewer.write_text(f'#!/bin/sh\ncp "$1" {shown}.new && rm "$1" && mv {shown}.new {shown}\n')
+    viewer.write_text(
+        f'#!/bin/sh\necho "$@" > {shown}.new; cat >> {shown}.new; mv {shown}.new {shown}\n'
+    )
     viewer.chmod(0o755)
     env = {"DISPLAY": ":99", "PATH": f"{tools}:{os.environ['PATH']}"}
     with running_server(tmp_path / "home", image_cache, env=env) as server:
@@ -241,9 +243,10 @@ def test_a_viewer_opens_where_the_server_has_a_desktop(tmp_path: Path, image_cac
         while not shown.exists():
             assert time.monotonic() < give_up_at
             time.sleep(0.02)
-        settings = shown.read_text()
+        argv, *settings = shown.read_text().splitlines()
+        assert argv == "-"
         assert f"port={vm['vncPort']}" in settings
-        assert vm["vncUrl"].split(":")[2].partition("@")[0] in settings
+        assert f"password={vm['vncUrl'].split(':')[2].partition('@')[0]}" in settings
 
 
 def test_an_iso_is_attached_and_an_empty_disk_then_has_an_installer(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,10 +18,13 @@ from lumed.cli.link import Link
 from lumed.cli.names import VmName, complete_logs
 from lumed.cli.output import clean, say, show
 from lumed.cli.vms import Storage, UnneededFlag
-from lumed.errors import LumedError, MissingDependency, WrongState
-from lumed.viewer import has_desktop, plan_settings
+from lumed.errors import LumedError, MissingDependency, ToolFailed, WrongState
+from lumed.viewer import has_desktop, open_settings
 
 _VIEWERS = ("remote-viewer", "gvncviewer", "vncviewer")
+_FIRST_VNC_PORT = 5900  # VNC's display 0
+# One that cannot open its window (a wrong DISPLAY) took 0.2 s to say so.
+_ENDS_AT_ONCE_S = 1.0
 _SERVER_LOGS = ("all", "info", "error")
 
 
@@ -48,29 +51,41 @@ def attach(
         if has_desktop():
             raise MissingDependency("No VNC viewer is installed", hint="apt install virt-viewer")
         raise LumedError("There is no desktop here to open a viewer on")
+    password = vm.vnc_url.removeprefix("vnc://:").rpartition("@")[0]
     if Path(program).name == "remote-viewer":
-        _open_remote_viewer(program, name, vm.vnc_port, vm.vnc_url)
+        with open_settings(vm.vnc_port, password, name) as settings:
+            _start_viewer([program, "-"], settings)
+        return
+    say(f"should it ask for a password: lume get {name} --format json")
+    if Path(program).name == "gvncviewer":
+        # It knows no ports: it takes ::5901 for display 0, which is another machine's.
+        where = f"127.0.0.1:{vm.vnc_port - _FIRST_VNC_PORT}"
     else:
-        say(f"the password is in: lume get {name} --format json")
-        _spawn([program, f"127.0.0.1::{vm.vnc_port}"])
+        where = f"127.0.0.1::{vm.vnc_port}"
+    # TigerVNC's takes the password from there, see vncviewer(1); others ask for it.
+    _start_viewer([program, where], env={**os.environ, "VNC_PASSWORD": password})
 
 
-def _open_remote_viewer(program: str, name: str, port: int, url: str) -> None:
-    password = url.removeprefix("vnc://:").rpartition("@")[0]
-    descriptor, file = tempfile.mkstemp(prefix="lume-", suffix=".vv")
-    with os.fdopen(descriptor, "wb") as settings:
-        settings.write(plan_settings(port, password, name))
-    _spawn([program, file])
-
-
-def _spawn(command: list[str]) -> None:
-    subprocess.Popen(
+def _start_viewer(
+    command: list[str], stdin: int = subprocess.DEVNULL, env: dict[str, str] | None = None
+) -> None:
+    """Open the window, which outlives this command. Raises ToolFailed if it does not stay."""
+    viewer = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        env=env,
     )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        status = viewer.wait(_ENDS_AT_ONCE_S)
+        if status != 0:
+            program = Path(command[0]).name
+            raise ToolFailed(
+                f"{program} ended at once with status {status}",
+                hint=f"to see why, start it without arguments: {program}",
+            )
 
 
 def screenshot(

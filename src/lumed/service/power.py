@@ -204,10 +204,7 @@ class Power:
         )
         password = live.record.vnc_password
         if not plan.options.no_display and vnc_port is not None and password is not None:
-            runtime_dir = Path(live.record.runtime_dir)
-            await open_viewer(
-                vnc_port, password, live.vm_dir.name, runtime_dir, live.vm_dir.qemu_log
-            )
+            await open_viewer(vnc_port, password, live.vm_dir.name, live.vm_dir.qemu_log)
 
     def forget_unstarted(self, live: LiveMachine) -> None:
         """Drop a claim that never became a machine."""
