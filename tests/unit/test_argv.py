@@ -63,7 +63,7 @@ def test_every_machine_is_closed_in(spec: MachineSpec) -> None:
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     ]
     assert not any("sesame12" in part for part in argv)
-    assert options(argv, "-vnc") == ["127.0.0.1:0,to=2000,password=on"]
+    assert options(argv, "-vnc") == ["127.0.0.1:0,to=2000,password=on,share=ignore"]
 
 
 @pytest.mark.parametrize("spec", [SPEC, ARM_SPEC], ids=["amd64", "arm64"])
@@ -90,7 +90,9 @@ def test_disks_of_the_user_come_before_the_seed_and_usb_sticks_are_read_only(
 
 
 def test_a_vnc_port_is_taken_as_asked() -> None:
-    assert options(build(replace(SPEC, vnc_port=5977)), "-vnc") == ["127.0.0.1:77,password=on"]
+    assert options(build(replace(SPEC, vnc_port=5977)), "-vnc") == [
+        "127.0.0.1:77,password=on,share=ignore"
+    ]
 
 
 def test_formats_are_named_and_paths_need_no_escaping() -> None:

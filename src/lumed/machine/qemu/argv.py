@@ -139,9 +139,10 @@ def _console(spec: MachineSpec) -> list[str]:
         argv += ["-vnc", "none"]
     else:
         # QEMU picks the first free port itself; the password comes later, over the monitor,
-        # and until then nobody can log in.
+        # and until then nobody can log in. Most viewers ask to be the only one: that would end
+        # the connection of an agent at work (and with force-shared such a viewer is refused).
         where = "0,to=2000" if spec.vnc_port is None else str(spec.vnc_port - FIRST_VNC_PORT)
-        argv += ["-vnc", f"127.0.0.1:{where},password=on"]
+        argv += ["-vnc", f"127.0.0.1:{where},password=on,share=ignore"]
     return argv
 
 
