@@ -51,11 +51,19 @@ def real_agent(tmp_path: Path) -> Iterator[Path]:
         process.wait(10)
 
 
+@pytest.fixture
+async def agent(real_agent: Path) -> AsyncIterator[GuestAgent]:
+    """A GuestAgent of the real one."""
+    with contextlib.closing(GuestAgent(real_agent)) as agent:
+        yield agent
+
+
 @contextlib.asynccontextmanager
 async def an_agent_that(talk: Talk, path: Path) -> AsyncIterator[GuestAgent]:
     """A GuestAgent whose other end is `talk`."""
     async with talk_at_path(talk, path):
-        yield GuestAgent(path)
+        with contextlib.closing(GuestAgent(path)) as agent:
+            yield agent
 
 
 async def answer_sync(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -66,8 +74,7 @@ async def answer_sync(reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 
 
 @needs_qemu_ga
-async def test_it_tells_the_system_and_the_addresses(real_agent: Path) -> None:
-    agent = GuestAgent(real_agent)
+async def test_it_tells_the_system_and_the_addresses(agent: GuestAgent) -> None:
     await agent.ping(5)
     info = await agent.os_info(5)
     assert info.kernel == os.uname().release
@@ -78,8 +85,7 @@ async def test_it_tells_the_system_and_the_addresses(real_agent: Path) -> None:
 
 
 @needs_qemu_ga
-async def test_a_command_gets_its_input_and_its_outputs_come_back(real_agent: Path) -> None:
-    agent = GuestAgent(real_agent)
+async def test_a_command_gets_its_input_and_its_outputs_come_back(agent: GuestAgent) -> None:
     result = await agent.exec(
         ["/bin/sh", "-c", "cat; echo oops >&2; exit 3"], stdin=b"a\0b", timeout_s=10
     )
@@ -91,8 +97,7 @@ async def test_a_command_gets_its_input_and_its_outputs_come_back(real_agent: Pa
 
 
 @needs_qemu_ga
-async def test_a_command_that_goes_on_is_an_unknown_outcome_with_its_pid(real_agent: Path) -> None:
-    agent = GuestAgent(real_agent)
+async def test_a_command_that_goes_on_is_an_unknown_outcome_with_its_pid(agent: GuestAgent) -> None:
     with pytest.raises(OutcomeUnknown) as caught:
         await agent.exec(["/bin/sleep", "60"], timeout_s=0.3)
     pid = caught.value.fields["pid"]
@@ -101,8 +106,7 @@ async def test_a_command_that_goes_on_is_an_unknown_outcome_with_its_pid(real_ag
 
 
 @needs_qemu_ga
-async def test_what_the_agent_refuses_is_said_in_its_words(real_agent: Path) -> None:
-    agent = GuestAgent(real_agent)
+async def test_what_the_agent_refuses_is_said_in_its_words(agent: GuestAgent) -> None:
     with pytest.raises(MachineFailed, match="guest-shutdown"):
         await agent.shutdown(5)
     with pytest.raises(MachineFailed, match="No such file"):
@@ -110,8 +114,7 @@ async def test_what_the_agent_refuses_is_said_in_its_words(real_agent: Path) -> 
 
 
 @needs_qemu_ga
-async def test_calls_at_once_take_turns(real_agent: Path) -> None:
-    agent = GuestAgent(real_agent)
+async def test_calls_at_once_take_turns(agent: GuestAgent) -> None:
     async with asyncio.timeout(20), asyncio.TaskGroup() as group:
         for _ in range(20):
             group.create_task(agent.ping(10))
@@ -122,7 +125,8 @@ async def test_what_a_former_client_left_behind_confuses_nobody(real_agent: Path
     with socket.socket(socket.AF_UNIX) as rude:
         rude.connect(os.fspath(real_agent))
         rude.sendall(b'{"execute": "guest-info"}\n{"execute": "guest-in')
-    await GuestAgent(real_agent).ping(5)
+    with contextlib.closing(GuestAgent(real_agent)) as agent:
+        await agent.ping(5)
 
 
 async def test_answers_of_a_former_client_are_skipped(tmp_path: Path) -> None:
@@ -134,6 +138,33 @@ async def test_answers_of_a_former_client_are_skipped(tmp_path: Path) -> None:
 
     async with an_agent_that(talk, tmp_path / "a.sock") as agent:
         await agent.ping(5)
+
+
+@pytest.mark.parametrize("timeout_s", [0.05, 60])
+async def test_an_answer_that_nobody_waits_for_any_more_is_still_taken(
+    tmp_path: Path, timeout_s: float
+) -> None:
+    """qemu-ga would try to write it for ever, with all of its guest's processor."""
+    asked, taken = asyncio.Event(), asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await answer_sync(reader, writer)
+        await reader.readline()
+        asked.set()
+        await asyncio.sleep(0.1)
+        # More than the connection holds: it comes to an end only if somebody reads it.
+        writer.write(b" " * 8_000_000 + b"{}\n")
+        await writer.drain()
+        taken.set()
+
+    async with an_agent_that(talk, tmp_path / "a.sock") as agent, asyncio.timeout(10):
+        asking = asyncio.create_task(agent.network_addresses(timeout_s))
+        await asked.wait()
+        if timeout_s > 1:
+            asking.cancel()
+        with pytest.raises((TimedOut, asyncio.CancelledError)):
+            await asking
+        await taken.wait()
 
 
 @pytest.fixture
@@ -162,11 +193,11 @@ def lonely_channel(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_machine_without_an_agent_in_it_is_a_timeout(lonely_channel: Path) -> None:
-    agent = GuestAgent(lonely_channel)
     began = time.monotonic()
-    for _ in range(2):
-        with pytest.raises(TimedOut, match=r"did not answer within 0\.3 s"):
-            await agent.ping(0.3)
+    with contextlib.closing(GuestAgent(lonely_channel)) as agent:
+        for _ in range(2):
+            with pytest.raises(TimedOut, match=r"did not answer within 0\.3 s"):
+                await agent.ping(0.3)
     assert time.monotonic() - began < 5
 
 

@@ -49,7 +49,8 @@ async def an_agent_with(cards: list[dict[str, object]], path: Path) -> AsyncIter
         writer.write(json.dumps({"return": cards}).encode() + b"\n")
 
     async with talk_at_path(talk, path):
-        yield GuestAgent(path)
+        with contextlib.closing(GuestAgent(path)) as agent:
+            yield agent
 
 
 def a_card(mac: str, *addresses: str) -> dict[str, object]:

@@ -2,9 +2,13 @@
 
 The protocol is that of qemu-ga (QEMU's "Guest Agent Protocol Reference"): JSON lines, no
 greeting, no event, and answers without ids. QEMU's socket serves one client at a time and keeps
-others waiting in silence, so every call connects, asks, and leaves. What a former client left
-unread is skipped by `guest-sync-delimited`, whose answer begins with a byte 0xFF that is never
+others waiting in silence, so every call connects anew. What a former client left unread is skipped
+by `guest-sync-delimited`, whose answer begins with a byte 0xFF that is never
 part of JSON. (qemu.qmp does not know that byte, so it is not used here.)
+
+A connection stays open until the next call. An agent whose answer nobody takes any more tries to
+write it for ever: one that was asked and left kept its guest's processor busy until somebody
+connected again. And one to which nobody is connected looks ten times a second whether somebody is.
 
 What an agent says comes out of the guest: it is checked like any foreign input.
 """
@@ -62,13 +66,22 @@ class ExecResult:
 class GuestAgent:
     """The agent behind one socket of QEMU's. Calls from several tasks wait for one another.
 
-    All methods raise TimedOut if no agent answers within timeout_s, and MachineFailed if the
-    socket is gone, the agent refuses, or its answer makes no sense.
+    Only one such object can be heard at a time, until it is closed. All methods raise TimedOut if
+    no agent answers within timeout_s, and MachineFailed if the socket is gone, the agent refuses,
+    or its answer makes no sense.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = asyncio.Lock()
+        self._writer: asyncio.StreamWriter | None = None
+
+    def close(self) -> None:
+        """Leave the agent to others; the next call connects again."""
+        if self._writer is not None:
+            # Not close: what is unsent to a silent agent is to be dropped.
+            self._writer.transport.abort()
+            self._writer = None
 
     async def ping(self, timeout_s: float) -> None:
         """Return once the agent has answered."""
@@ -165,15 +178,13 @@ class GuestAgent:
         link: _Link | None = None
         try:
             async with asyncio.timeout(timeout_s), self._turn:
+                self.close()
                 reader, writer = await asyncio.open_unix_connection(
                     self._path, limit=_LONGEST_ANSWER
                 )
+                self._writer = writer
                 link = _Link(reader, writer)
-                try:
-                    yield link
-                finally:
-                    # No wait_closed: what is unsent to a silent agent is to be dropped.
-                    writer.transport.abort()
+                yield link
         except TimeoutError as error:
             if link is not None and link.sent:
                 raise _lost(link.sent, f"no answer within {timeout_s:g} s") from error

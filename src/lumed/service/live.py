@@ -63,6 +63,7 @@ class LiveMachine:
     record: RunRecord
     process: ProcessId | None = None
     machine: Machine | None = None
+    agent: GuestAgent | None = None
     paused: bool = False
     silent: bool = False
     disk_full: bool = False
@@ -160,6 +161,8 @@ class LiveMachine:
         if self.ended.is_set():
             return
         self.machine = machine
+        if machine.agent_socket is not None:
+            self.agent = GuestAgent(machine.agent_socket)
         self.process = machine.process
         self.silent = False
         self._events_task = asyncio.create_task(self._follow_events(machine))
@@ -233,15 +236,14 @@ class LiveMachine:
     async def _wait_ready(self) -> None:
         if self.machine is None:
             return
-        socket = self.machine.agent_socket
         ssh, answer = self._forward_of(22), self._forward_of(8000)
-        if socket is None and ssh is None and answer is None:
+        if self.agent is None and ssh is None and answer is None:
             return
         if await self.machine.query_agent_open(_SILENT_AFTER_S):
             self.agent_open.set()
         self.readiness = await wait_ready(
             mac=self.record.mac_address,
-            agent=None if socket is None else GuestAgent(socket),
+            agent=self.agent,
             agent_open=self.agent_open,
             ssh=ssh,
             answer=answer,
@@ -293,6 +295,8 @@ class LiveMachine:
         self.stop_asking()
         if self._events_task is not None:
             self._events_task.cancel()
+        if self.agent is not None:
+            self.agent.close()
         if self.machine is not None:
             await self.machine.close()
 

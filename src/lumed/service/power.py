@@ -21,7 +21,6 @@ from lumed.errors import (
     WrongState,
 )
 from lumed.files import check_free_space, write_atomic
-from lumed.guest.agent import GuestAgent
 from lumed.guest.seed import Seed, SeedShare, make_seed
 from lumed.guest.sshkey import read_or_make_key
 from lumed.hostpath import check_host_path
@@ -384,12 +383,11 @@ class Power:
             with_agent = live.agent_open.is_set()
             patience = _BUTTON_WITH_AGENT_S if with_agent else _BUTTON_S
             yield Step("power-button", partial(_press_until, live, machine, patience), 0)
-            socket = machine.agent_socket
             if with_agent and not live.agent_open.is_set():
                 # Its agent ended with the other services: it has heard the button.
                 yield Step("power-button", _do_nothing, _GOING_DOWN_S)
-            elif with_agent and socket is not None:
-                yield Step("agent", partial(GuestAgent(socket).shutdown, _COMMAND_S), _AGENT_S)
+            elif with_agent and live.agent is not None:
+                yield Step("agent", partial(live.agent.shutdown, _COMMAND_S), _AGENT_S)
         if machine is not None and not live.silent:
             yield Step("quit", partial(machine.quit, _COMMAND_S), _QUIT_S)
         yield Step("sigterm", partial(_signal, live, signal.SIGTERM), _TERM_S)
