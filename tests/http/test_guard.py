@@ -79,7 +79,10 @@ async def test_a_request_without_a_host_is_refused(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "LOCALHOST:7777", "127.0.0.1:7777", "[::1]:7777", "localhost:1"],
+    [
+        *("localhost", "LOCALHOST:7777", "127.0.0.1:7777", "localhost:1"),
+        *("[::1]:7777", "[0:0:0:0:0:0:0:1]:7777"),
+    ],
 )
 async def test_loopback_names_are_ours_at_any_port(client: Client, host: str) -> None:
     for path in PAGES:

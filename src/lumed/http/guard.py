@@ -115,8 +115,12 @@ class Guard:
         if match is None:
             return False
         name = match[1].strip("[]").lower()
-        # An address cannot be rebound: who names one has looked up nothing.
-        return name in self._hosts or (self._any_address and _is_address(name))
+        if name in self._hosts:
+            return True
+        # An address cannot be rebound: who names one has looked up nothing. And one of IPv6 has
+        # many spellings.
+        address = _short_address(name)
+        return address is not None and (self._any_address or address in self._hosts)
 
 
 class _LimitedBody:
@@ -147,12 +151,12 @@ def _normalised(scope: Scope) -> Scope:
     return {**scope, "path": "/" + "/".join(parts)}
 
 
-def _is_address(name: str) -> bool:
+def _short_address(name: str) -> str | None:
+    """An IP address in its shortest spelling; None for a name that is none."""
     try:
-        ipaddress.ip_address(name)
+        return str(ipaddress.ip_address(name))
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _has_token(headers: Headers, token: bytes) -> bool:
