@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from lumed.client.client import Client
     from lumed.client.models import Vm
 
-# What the guest prints on its serial console, and what it is doing then.
+# What the guest prints on its serial console, and what it is doing then. SeaBIOS says nothing
+# there; Debian guests and the tiny one have SYSLINUX, which it starts.
 _SIGNS = (
-    (b"SeaBIOS", "firmware"),
     (b"BdsDxe", "firmware"),
+    (b"SYSLINUX ", "boot loader"),
     (b"Linux version ", "kernel"),
     (b"Booting Linux on", "kernel"),
     (b"systemd[1]:", "system"),
