@@ -1,14 +1,15 @@
 """The QEMU guest agent's host side: questions to a program inside the guest.
 
 The protocol is that of qemu-ga (QEMU's "Guest Agent Protocol Reference"): JSON lines, no
-greeting, no event, and answers without ids. QEMU's socket serves one client at a time and keeps
-others waiting in silence, so every call connects anew. What a former client left unread is skipped
-by `guest-sync-delimited`, whose answer begins with a byte 0xFF that is never
-part of JSON. (qemu.qmp does not know that byte, so it is not used here.)
+greeting, no event, and answers without ids. What a former call or client left unread is skipped by
+`guest-sync-delimited`, whose answer begins with a byte 0xFF that is never part of JSON. (qemu.qmp
+does not know that byte, so it is not used here.)
 
-A connection stays open until the next call. An agent whose answer nobody takes any more tries to
-write it for ever: one that was asked and left kept its guest's processor busy until somebody
-connected again. And one to which nobody is connected looks ten times a second whether somebody is.
+The connection stays open, and what comes when nobody asks is read away. An agent whose answer
+nobody takes any more tries to write it for ever: one that was asked and left kept its guest's
+processor busy until somebody connected again. And one to which nobody is connected looks ten times
+a second whether somebody is. QEMU's socket serves one client at a time and keeps others waiting in
+silence.
 
 What an agent says comes out of the guest: it is checked like any foreign input.
 """
@@ -18,11 +19,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import ipaddress
 import json
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from lumed.errors import MachineFailed, OutcomeUnknown, TimedOut
 
 # qemu-ga keeps at most 16 MiB of each output of a command, sent as base64.
 _LONGEST_ANSWER = 48 << 20
+_SKIP_BYTES = 64 << 10
 _DELIMITER = b"\xff"
 
 
@@ -74,14 +76,17 @@ class GuestAgent:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._turn = asyncio.Lock()
-        self._writer: asyncio.StreamWriter | None = None
+        self._link: _Link | None = None
+        self._discarding: asyncio.Task[None] | None = None
 
     def close(self) -> None:
         """Leave the agent to others; the next call connects again."""
-        if self._writer is not None:
-            # Not close: what is unsent to a silent agent is to be dropped.
-            self._writer.transport.abort()
-            self._writer = None
+        if self._discarding is not None:
+            self._discarding.cancel()
+            self._discarding = None
+        if self._link is not None:
+            self._link.abort()
+            self._link = None
 
     async def ping(self, timeout_s: float) -> None:
         """Return once the agent has answered."""
@@ -173,18 +178,37 @@ class GuestAgent:
             await link.send(command, arguments)
             return await link.receive()
 
-    @asynccontextmanager
+    async def _connect(self) -> _Link:
+        """The connection there is, or a new one."""
+        task, self._discarding = self._discarding, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait({task})  # a stream has one reader at a time
+        if self._link is None or self._link.has_ended:
+            self.close()
+            streams = await asyncio.open_unix_connection(self._path, limit=_LONGEST_ANSWER)
+            self._link = _Link(*streams)
+        self._link.sent = None
+        return self._link
+
+    async def _discard(self, link: _Link) -> None:
+        """Read away what comes while nobody asks; leave a guest that goes on and on."""
+        with contextlib.suppress(OSError):
+            await link.skip(_LONGEST_ANSWER)
+        if self._link is link:
+            self._link = None
+        link.abort()
+
+    @contextlib.asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[_Link]:
         link: _Link | None = None
         try:
             async with asyncio.timeout(timeout_s), self._turn:
-                self.close()
-                reader, writer = await asyncio.open_unix_connection(
-                    self._path, limit=_LONGEST_ANSWER
-                )
-                self._writer = writer
-                link = _Link(reader, writer)
-                yield link
+                link = await self._connect()
+                try:
+                    yield link
+                finally:
+                    self._discarding = asyncio.create_task(self._discard(link))
         except TimeoutError as error:
             if link is not None and link.sent:
                 raise _lost(link.sent, f"no answer within {timeout_s:g} s") from error
@@ -205,6 +229,20 @@ class _Link:
         self._reader = reader
         self._writer = writer
         self.sent: str | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more can come."""
+        return self._reader.at_eof() or self._writer.is_closing()
+
+    def abort(self) -> None:
+        """Hang up; what is unsent to a silent agent is dropped."""
+        self._writer.transport.abort()
+
+    async def skip(self, most: int) -> None:
+        """Read what comes until the end, or until it was more than that."""
+        while most > 0 and (data := await self._reader.read(_SKIP_BYTES)):
+            most -= len(data)
 
     async def send(self, command: str, arguments: Mapping[str, object], lead: bytes = b"") -> None:
         request: dict[str, object] = {"execute": command}
