@@ -85,6 +85,10 @@ def test_a_write_protected_file_is_no_disk_to_write_to(own: Path, tmp_path: Path
         check_disks([str(image)], [], own)
 
 
+def test_a_vm_whose_own_disk_is_gone_is_told_by_its_start(tmp_path: Path) -> None:
+    assert check_disks([], [], tmp_path / "gone") == ((), ())
+
+
 def test_a_taken_vnc_port_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -19,10 +19,10 @@ from lumed.cli.names import VmName, complete_logs
 from lumed.cli.output import clean, say, show
 from lumed.cli.vms import Storage, UnneededFlag
 from lumed.errors import LumedError, MissingDependency, ToolFailed, WrongState
+from lumed.model.run import FIRST_VNC_PORT
 from lumed.viewer import has_desktop, open_settings
 
 _VIEWERS = ("remote-viewer", "gvncviewer", "vncviewer")
-_FIRST_VNC_PORT = 5900  # VNC's display 0
 # One that cannot open its window (a wrong DISPLAY) took 0.2 s to say so.
 _ENDS_AT_ONCE_S = 1.0
 _SERVER_LOGS = ("all", "info", "error")
@@ -59,7 +59,7 @@ def attach(
     say(f"should it ask for a password: lume get {name} --format json")
     if Path(program).name == "gvncviewer":
         # It knows no ports: it takes ::5901 for display 0, which is another machine's.
-        where = f"127.0.0.1:{vm.vnc_port - _FIRST_VNC_PORT}"
+        where = f"127.0.0.1:{vm.vnc_port - FIRST_VNC_PORT}"
     else:
         where = f"127.0.0.1::{vm.vnc_port}"
     # TigerVNC's takes the password from there, see vncviewer(1); others ask for it.

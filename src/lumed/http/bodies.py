@@ -33,7 +33,7 @@ from lumed.model.request import (
     ShareRequest,
     UpdateRequest,
 )
-from lumed.model.run import VncMode
+from lumed.model.run import FIRST_VNC_PORT, VncMode
 from lumed.model.vm import Display, Firmware, GuestOs, PortForward
 from lumed.naming import check_location_name, check_vm_name
 from lumed.units import MIB, TIB, parse_size
@@ -41,8 +41,6 @@ from lumed.units import MIB, TIB, parse_size
 MAX_CPUS = 255
 MIN_MEMORY, MAX_MEMORY = 64 * MIB, 4 * TIB
 MIN_DISK, MAX_DISK = MIB, 64 * TIB
-# QEMU counts its VNC ports from 5900 on.
-_FIRST_VNC_PORT = 5900
 # What stands in a URL as it is (RFC 3986, section 2.3).
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]{1,64}")
 
@@ -95,8 +93,8 @@ def _no_truth_value(value: Any) -> Any:
 
 
 def _vnc_port(value: int) -> int:
-    if value and value < _FIRST_VNC_PORT:
-        raise ValueError(f"{value} is below {_FIRST_VNC_PORT}; 0 is any free port")
+    if value and value < FIRST_VNC_PORT:
+        raise ValueError(f"{value} is below {FIRST_VNC_PORT}; 0 is any free port")
     return value
 
 

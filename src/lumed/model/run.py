@@ -7,6 +7,9 @@ from enum import StrEnum
 
 from lumed.model.vm import DiskFormat
 
+# VNC's display 0; QEMU counts its ports from there on.
+FIRST_VNC_PORT = 5900
+
 
 @dataclass(frozen=True, slots=True)
 class SharedDirectory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -39,7 +40,9 @@ def check_disks(
 
     Raises InvalidField (`disks` or `usbStorage`), WrongState if a machine writes to one.
     """
-    seen = {_identify(own_disk.stat()): "it is the VM's own disk"}
+    seen: dict[tuple[int, int], str] = {}
+    with contextlib.suppress(FileNotFoundError):  # the machine's start will say so
+        seen[_identify(own_disk.stat())] = "it is the VM's own disk"
     return (
         tuple(_check_all("disks", disks, seen)),
         tuple(_check_all("usbStorage", usb_storage, seen)),

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lumed.machine.spec import MachineSpec
+from lumed.model.run import FIRST_VNC_PORT
 from lumed.model.vm import Architecture, Firmware
 from lumed.units import MIB
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 AGENT_PORT = "org.qemu.guest_agent.0"
-FIRST_VNC_PORT = 5900
 _USB_PORTS = 16  # of each speed
 _MACHINES = {
     Architecture.AMD64: "q35,vmport=off",
