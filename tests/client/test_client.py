@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lumed import AsyncClient, Client
-from lumed.client.calls import Share
+from lumed.client import calls
+from lumed.client.calls import Call, Share
 from lumed.client.errors import ServerUnreachable
 from lumed.errors import (
     AlreadyExists,
@@ -162,7 +166,7 @@ def test_both_clients_have_the_same_methods_and_they_say_what_they_take() -> Non
 
 
 @contextmanager
-def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
     """The URL of a server that does that with its first connection, after the request came."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(10)
@@ -179,15 +183,11 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
         thread.join(10)
 
 
-# httpcore2 leaves the socket of a refused unix connection to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_server_is_said_with_the_line_that_starts_one(tmp_path: Path) -> None:
     for client in (Client("http://127.0.0.1:1"), Client(home=tmp_path)):
         with client, pytest.raises(ServerUnreachable, match="No server answers on") as error:
             client.list_vms()
         assert error.value.hint == "start one: lume serve"
-    del client, error
-    gc.collect()
 
 
 def test_a_server_that_goes_away_leaves_a_write_with_an_unknown_outcome() -> None:
@@ -224,6 +224,51 @@ def test_an_answer_that_makes_no_sense_is_an_error_and_no_traceback(reply: bytes
         client.list_vms()
 
 
+def test_connections_are_kept_and_one_that_the_server_closed_is_made_anew() -> None:
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(10)
+
+        def serve() -> list[int]:
+            counts = []
+            for requests in (2, 1):
+                connection, _ = listener.accept()
+                with connection:
+                    counts.append(0)
+                    while counts[-1] < requests and connection.recv(65536):
+                        counts[-1] += 1
+                        connection.sendall(reply)
+            return counts
+
+        served = pool.submit(serve)
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
+            for _ in range(3):
+                assert client.list_vms() == []
+                time.sleep(0.1)  # for the server to close the first one
+            assert served.result(10) == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("call", "error"), [(calls.list_vms(), TimedOut), (calls.stop_vm("x"), OutcomeUnknown)]
+)
+def test_a_silent_server_is_told_by_what_was_asked(
+    call: Call[Any], error: type[LumedError]
+) -> None:
+    with (
+        # It waits until the client has hung up.
+        answering(lambda connection: connection.recv(1)) as url,
+        Client(url) as client,
+        pytest.raises(error),
+    ):
+        client.carry_out(replace(call, timeout_s=0.2))
+
+
+def test_several_threads_may_use_one_client(client: Client) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: client.host_status().version, range(64)))
+    assert len(set(answers)) == 1
+
+
 def test_a_url_without_http_is_refused() -> None:
     with pytest.raises(InvalidField, match="begins with neither"):
         Client("localhost:7777")
@@ -232,7 +277,7 @@ def test_a_url_without_http_is_refused() -> None:
 def test_importing_lumed_loads_no_web_framework_and_no_http_library() -> None:
     code = (
         "import sys, lumed; assert not {'fastapi', 'httpx2', 'pydantic'} & set(sys.modules);"
-        "from lumed import Client; Client; print(sorted({'fastapi', 'starlette', 'pydantic',"
+        "from lumed import Client; Client; print(sorted({'fastapi', 'httpx2', 'pydantic',"
         " 'uvicorn', 'rich', 'cyclopts'} & set(sys.modules)))"
     )
     ended = subprocess.run(

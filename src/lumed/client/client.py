@@ -1,4 +1,4 @@
-"""The Python clients of the API: one method a verb, over TCP or the server's unix socket.
+"""The Python client of the API: one method a verb, over TCP or the server's unix socket.
 
     with Client() as client:
         vm = client.create_vm("web", image="debian:12")
@@ -7,7 +7,8 @@
         client.run_vm("web")
         print(client.wait_vm("web", "ip").ip_address)
 
-`AsyncClient` is the same with `async with`, `await` and `async for`.
+`AsyncClient` (in `lumed.client.async_client`) is the same with `async with`, `await` and
+`async for`.
 """
 
 from __future__ import annotations
@@ -15,40 +16,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
-
-import httpx2
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
 
 from lumed.client import calls
 from lumed.client.calls import Call, plan_events, plan_follow
-from lumed.client.connection import (
-    check_outcome,
-    choose_target,
-    explain_failure,
-    open_async_http,
-    open_http,
-    plan_request,
-    read_reply,
-    say_ended,
-)
+from lumed.client.connection import check_outcome, choose_target, read_reply, say_ended
 from lumed.client.errors import ServerUnreachable
-from lumed.client.events import Event, read_event
+from lumed.client.events import Event, EventReader
 from lumed.client.models import Operation, Vm
 from lumed.client.waiting import Deadline, Goal, check_goal, not_reached
+from lumed.client.wire import Wire
 from lumed.errors import TimedOut
+
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PROGRESS_EVERY_S = 0.5
+PROGRESS_EVERY_S = 0.5
 # A stream that has been silent for so long is left, and the VM looked at anew: whether ssh
 # answers is found out by looking.
-_LOOK_AGAIN_S = 2.0
+LOOK_AGAIN_S = 2.0
 # The server says at least every 15 s that it is still there.
-_SILENCE_S = 45.0
+SILENCE_S = 45.0
+_PIECE_BYTES = 64 << 10
 
 
 class _Verb(Generic[P, T]):
@@ -69,33 +64,10 @@ class _Verb(Generic[P, T]):
         def carry_out(*args: P.args, **kwargs: P.kwargs) -> T:
             return client.carry_out(self._plan(*args, **kwargs))
 
-        return _described(carry_out, self._plan)
+        return describe(carry_out, self._plan)
 
 
-class _AsyncVerb(Generic[P, T]):
-    """A call as a method of AsyncClient."""
-
-    def __init__(self, plan: Callable[P, Call[T]]) -> None:
-        self._plan = plan
-        self.__doc__ = plan.__doc__
-
-    @overload
-    def __get__(self, client: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, client: AsyncClient, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
-    def __get__(
-        self, client: AsyncClient | None, owner: type
-    ) -> Self | Callable[P, Coroutine[Any, Any, T]]:
-        if client is None:
-            return self
-
-        async def carry_out(*args: P.args, **kwargs: P.kwargs) -> T:
-            return await client.carry_out(self._plan(*args, **kwargs))
-
-        return _described(carry_out, self._plan)
-
-
-def _described(function: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
+def describe(function: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
     """The function with the name, the text and the parameters of the call, for help()."""
     functools.update_wrapper(function, plan, assigned=("__name__", "__qualname__", "__doc__"))
     function.__signature__ = inspect.signature(plan).replace(  # type: ignore[attr-defined]
@@ -126,7 +98,7 @@ class Client:
         socket, home: a unix socket, or the home whose server is meant (else LUME_HOME, ~/.lume).
         """
         self._target = choose_target(url, socket, home, token, ca)
-        self._http = open_http(self._target)
+        self._wire = Wire(self._target)
 
     list_vms = _Verb(calls.list_vms)
     get_vm = _Verb(calls.get_vm)
@@ -163,11 +135,7 @@ class Client:
         key: an Idempotency-Key; a write that is sent again with it within 24 h, for instance
         after OutcomeUnknown, is not done again.
         """
-        try:
-            reply = self._http.request(**plan_request(call, key))
-        except httpx2.TransportError as error:
-            raise explain_failure(self._target, call.method, error) from error
-        return read_reply(call, reply)
+        return read_reply(call, *self._wire.request(call, key))
 
     def follow_operation(self, id: str) -> Iterator[Operation]:
         """How an operation is, now and twice a second, until it is over.
@@ -180,7 +148,7 @@ class Client:
             if operation.is_over:
                 check_outcome(operation)
                 return
-            operation = self.get_operation(id, _PROGRESS_EVERY_S)
+            operation = self.get_operation(id, PROGRESS_EVERY_S)
 
     def finish_operation(self, id: str, timeout_s: float | None = None) -> Operation:
         """Wait until an operation is over. Raises what it failed with, TimedOut."""
@@ -198,7 +166,7 @@ class Client:
         while not check_goal(vm := self.get_vm(name), goal):
             if deadline.is_over:
                 raise not_reached(vm, goal, timeout_s)
-            silence_s = min(deadline.left_s, _LOOK_AGAIN_S)
+            silence_s = min(deadline.left_s, LOOK_AGAIN_S)
             with contextlib.suppress(TimedOut, ServerUnreachable):
                 for event in self._listen(plan_events(name, None), silence_s):
                     # What was missed between the look and the stream is told by none.
@@ -214,7 +182,7 @@ class Client:
 
         vm: of that VM only. Raises ServerUnreachable when the server ends: look, then resume.
         """
-        return self._listen(plan_events(vm, resume), _SILENCE_S)
+        return self._listen(plan_events(vm, resume), SILENCE_S)
 
     def follow_vm_logs(
         self, name: str, *, type: Literal["serial", "qemu"] = "serial", lines: int | None = None
@@ -233,7 +201,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connections."""
-        self._http.close()
+        self._wire.close()
 
     def __enter__(self) -> Self:
         return self
@@ -247,165 +215,21 @@ class Client:
         self.close()
 
     def _listen(self, call: Call[None], silence_s: float) -> Iterator[Event]:
+        reader = EventReader()
         with self._stream(call, silence_s) as reply:
-            for told in httpx2.EventSource(reply):
-                yield read_event(told)
+            while line := reply.readline():
+                if (event := reader.feed(line)) is not None:
+                    yield event
         raise say_ended(self._target)
 
     def _follow(self, call: Call[None]) -> Iterator[bytes]:
         with self._stream(call, None) as reply:
-            yield from reply.iter_bytes()
+            while piece := reply.read1(_PIECE_BYTES):
+                yield piece
 
     @contextlib.contextmanager
-    def _stream(self, call: Call[None], silence_s: float | None) -> Iterator[httpx2.Response]:
-        try:
-            with self._http.stream(**plan_request(call, None, silence_s)) as reply:
-                if not reply.is_success:
-                    reply.read()
-                    read_reply(call, reply)
-                yield reply
-        except httpx2.TransportError as error:
-            raise explain_failure(self._target, call.method, error) from error
-
-
-class AsyncClient:
-    """Client for asyncio: the same methods, to be awaited or iterated with `async for`."""
-
-    def __init__(
-        self,
-        url: str | None = None,
-        *,
-        socket: str | Path | None = None,
-        home: str | Path | None = None,
-        token: str | None = None,
-        ca: str | Path | None = None,
-    ) -> None:
-        """See Client."""
-        self._target = choose_target(url, socket, home, token, ca)
-        self._http = open_async_http(self._target)
-
-    list_vms = _AsyncVerb(calls.list_vms)
-    get_vm = _AsyncVerb(calls.get_vm)
-    create_vm = _AsyncVerb(calls.create_vm)
-    clone_vm = _AsyncVerb(calls.clone_vm)
-    update_vm = _AsyncVerb(calls.update_vm)
-    run_vm = _AsyncVerb(calls.run_vm)
-    stop_vm = _AsyncVerb(calls.stop_vm)
-    delete_vm = _AsyncVerb(calls.delete_vm)
-    screenshot = _AsyncVerb(calls.screenshot)
-    vm_logs = _AsyncVerb(calls.vm_logs)
-    pull_vm = _AsyncVerb(calls.pull_vm)
-    cancel_pull = _AsyncVerb(calls.cancel_pull)
-    push_vm = _AsyncVerb(calls.push_vm)
-    build_image = _AsyncVerb(calls.build_image)
-    list_images = _AsyncVerb(calls.list_images)
-    delete_image = _AsyncVerb(calls.delete_image)
-    prune_images = _AsyncVerb(calls.prune_images)
-    list_operations = _AsyncVerb(calls.list_operations)
-    get_operation = _AsyncVerb(calls.get_operation)
-    cancel_operation = _AsyncVerb(calls.cancel_operation)
-    host_status = _AsyncVerb(calls.host_status)
-    server_logs = _AsyncVerb(calls.server_logs)
-    get_config = _AsyncVerb(calls.get_config)
-    change_config = _AsyncVerb(calls.change_config)
-    list_locations = _AsyncVerb(calls.list_locations)
-    add_location = _AsyncVerb(calls.add_location)
-    remove_location = _AsyncVerb(calls.remove_location)
-    set_default_location = _AsyncVerb(calls.set_default_location)
-
-    async def carry_out(self, call: Call[T], *, key: str | None = None) -> T:
-        """See Client."""
-        try:
-            reply = await self._http.request(**plan_request(call, key))
-        except httpx2.TransportError as error:
-            raise explain_failure(self._target, call.method, error) from error
-        return read_reply(call, reply)
-
-    async def follow_operation(self, id: str) -> AsyncIterator[Operation]:
-        """See Client."""
-        operation = await self.get_operation(id)
-        while True:
-            yield operation
-            if operation.is_over:
-                check_outcome(operation)
-                return
-            operation = await self.get_operation(id, _PROGRESS_EVERY_S)
-
-    async def finish_operation(self, id: str, timeout_s: float | None = None) -> Operation:
-        """See Client."""
-        deadline = Deadline(timeout_s)
-        while not (operation := await self.get_operation(id, deadline.turn_s())).is_over:
-            deadline.check(f"The {operation.action} of {operation.target} was not over")
-        return check_outcome(operation)
-
-    async def wait_vm(self, name: str, goal: Goal, timeout_s: float = 300) -> Vm:
-        """See Client."""
-        deadline = Deadline(timeout_s)
-        while not check_goal(vm := await self.get_vm(name), goal):
-            if deadline.is_over:
-                raise not_reached(vm, goal, timeout_s)
-            silence_s = min(deadline.left_s, _LOOK_AGAIN_S)
-            with contextlib.suppress(TimedOut, ServerUnreachable):
-                async for event in self._listen(plan_events(name, None), silence_s):
-                    # What was missed between the look and the stream is told by none.
-                    vm = await self.get_vm(name) if event.vm is None else event.vm
-                    if check_goal(vm, goal):
-                        return vm
-                    if deadline.is_over:
-                        break
-        return vm
-
-    def events(self, *, vm: str | None = None, resume: str | None = None) -> AsyncIterator[Event]:
-        """See Client."""
-        return self._listen(plan_events(vm, resume), _SILENCE_S)
-
-    def follow_vm_logs(
-        self, name: str, *, type: Literal["serial", "qemu"] = "serial", lines: int | None = None
-    ) -> AsyncIterator[bytes]:
-        """See Client."""
-        return self._follow(plan_follow(calls.vm_logs(name, lines=lines), type))
-
-    def follow_server_logs(
-        self, type: Literal["info", "error"] = "info", lines: int | None = None
-    ) -> AsyncIterator[bytes]:
-        """See Client."""
-        return self._follow(plan_follow(calls.server_logs(lines=lines), type))
-
-    async def close(self) -> None:
-        """See Client."""
-        await self._http.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def _listen(self, call: Call[None], silence_s: float) -> AsyncIterator[Event]:
-        async with self._stream(call, silence_s) as reply:
-            async for told in httpx2.EventSource(reply):
-                yield read_event(told)
-        raise say_ended(self._target)
-
-    async def _follow(self, call: Call[None]) -> AsyncIterator[bytes]:
-        async with self._stream(call, None) as reply:
-            async for chunk in reply.aiter_bytes():
-                yield chunk
-
-    @contextlib.asynccontextmanager
-    async def _stream(
-        self, call: Call[None], silence_s: float | None
-    ) -> AsyncIterator[httpx2.Response]:
-        try:
-            async with self._http.stream(**plan_request(call, None, silence_s)) as reply:
-                if not reply.is_success:
-                    await reply.aread()
-                    read_reply(call, reply)
-                yield reply
-        except httpx2.TransportError as error:
-            raise explain_failure(self._target, call.method, error) from error
+    def _stream(self, call: Call[None], silence_s: float | None) -> Iterator[HTTPResponse]:
+        with self._wire.stream(call, silence_s) as reply:
+            if reply.status >= 300:
+                read_reply(call, reply.status, reply.read())
+            yield reply

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import httpx2
 
 from lumed.client.calls import Call
 from lumed.client.discover import find_home, find_socket
@@ -16,6 +14,8 @@ from lumed.client.errors import ServerUnreachable, make_error, read_error
 from lumed.errors import InvalidField, LumedError, OutcomeUnknown, TimedOut
 
 if TYPE_CHECKING:
+    import ssl
+
     from lumed.client.models import Operation
 
 T = TypeVar("T")
@@ -38,25 +38,15 @@ class Target:
         """For messages."""
         return str(self.socket or self.base_url.removesuffix("/lume"))
 
-    @property
-    def uds(self) -> str | None:
-        """The socket's path, as httpx2 wants it."""
-        return None if self.socket is None else str(self.socket)
+    def make_tls(self) -> ssl.SSLContext:
+        """What the server's certificate is checked with. Raises InvalidField."""
+        import ssl
 
-    @property
-    def verify(self) -> ssl.SSLContext | bool:
-        """What certificates are checked with; a context with the usual ones takes 50 ms."""
-        if self.base_url.startswith("https:"):
-            return True if self.ca is None else _trust(self.ca)
-        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-
-
-def _trust(ca: Path) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca)
-    except OSError as error:
-        reason = f"{ca} holds no certificates: {error.strerror or error}"
-        raise InvalidField(f"ca: {reason}", fields={"ca": reason}) from error
+        try:
+            return ssl.create_default_context(cafile=self.ca)
+        except OSError as error:
+            reason = f"{self.ca} holds no certificates: {error.strerror or error}"
+            raise InvalidField(f"ca: {reason}", fields={"ca": reason}) from error
 
 
 def choose_target(
@@ -80,42 +70,14 @@ def choose_target(
     return Target("http://localhost/lume", path, headers)
 
 
-def open_http(target: Target) -> httpx2.Client:
-    """An HTTP client for it. A proxy of the environment is not for servers of this host."""
-    transport = httpx2.HTTPTransport(uds=target.uds, verify=target.verify)
-    return httpx2.Client(base_url=target.base_url, headers=target.headers, transport=transport)
-
-
-def open_async_http(target: Target) -> httpx2.AsyncClient:
-    """The same for asyncio."""
-    transport = httpx2.AsyncHTTPTransport(uds=target.uds, verify=target.verify)
-    return httpx2.AsyncClient(base_url=target.base_url, headers=target.headers, transport=transport)
-
-
-def plan_request(call: Call[T], key: str | None, silence_s: float | None = -1) -> dict[str, Any]:
-    """The arguments for httpx2's `request` and `stream`.
-
-    key is an Idempotency-Key. silence_s is how long the answer may pause; -1: as the call has it.
-    """
-    read_s = call.timeout_s if silence_s == -1 else silence_s
-    return {
-        "method": call.method,
-        "url": call.path,
-        "params": call.params,
-        "json": call.body,
-        "headers": {"Idempotency-Key": key} if key else None,
-        "timeout": httpx2.Timeout(call.timeout_s, connect=CONNECT_S, read=read_s),
-    }
-
-
-def read_reply(call: Call[T], reply: httpx2.Response) -> T:
+def read_reply(call: Call[T], status: int, content: bytes) -> T:
     """The answer as the call's type. Raises what the server said."""
-    if not reply.is_success:
-        raise read_error(reply.status_code, _read_json(reply))
+    if not 200 <= status < 300:
+        raise read_error(status, _read_json(content))
     if not call.is_json:
-        return call.parse(reply.content)
+        return call.parse(content)
     try:
-        return call.parse(reply.json())
+        return call.parse(json.loads(content))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LumedError(
             f"The answer to {call.method} {call.path} cannot be understood: {error!r}",
@@ -123,9 +85,9 @@ def read_reply(call: Call[T], reply: httpx2.Response) -> T:
         ) from error
 
 
-def _read_json(reply: httpx2.Response) -> Any:
+def _read_json(content: bytes) -> Any:
     try:
-        return reply.json()
+        return json.loads(content)
     except ValueError:
         return None
 
@@ -135,25 +97,31 @@ def say_ended(target: Target) -> ServerUnreachable:
     return ServerUnreachable(f"The server on {target.shown} ended")
 
 
-def explain_failure(target: Target, method: str, error: httpx2.TransportError) -> LumedError:
+def explain_failure(
+    target: Target,
+    method: str,
+    error: Exception,
+    *,
+    is_connected: bool = True,
+    is_silent: bool = False,
+) -> LumedError:
     """Why there is no answer."""
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         return ServerUnreachable(
             f"The certificate of {target.shown} is not to be trusted: {error}",
             hint="name the one that it shall have: Client(url, ca=FILE)",
         )
-    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.UnsupportedProtocol):
-        return ServerUnreachable(
-            f"No server answers on {target.shown}: {error or type(error).__name__}",
-            hint="start one: lume serve",
-        )
     said = str(error) or type(error).__name__
+    if not is_connected:
+        return ServerUnreachable(
+            f"No server answers on {target.shown}: {said}", hint="start one: lume serve"
+        )
     if method not in _SAFE:
         return OutcomeUnknown(
             f"The server on {target.shown} did not say what came of the request: {said}",
             hint="look before you repeat it",
         )
-    if isinstance(error, httpx2.TimeoutException):
+    if is_silent:
         return TimedOut(f"The server on {target.shown} did not answer in time")
     return ServerUnreachable(f"The server on {target.shown} went away: {said}")
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lumed.client.models import Json, Operation, Vm, parse_operation, parse_vm
-
-if TYPE_CHECKING:
-    from httpx2 import ServerSentEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +24,28 @@ class Event:
     raw: Json
 
 
-def read_event(told: ServerSentEvent) -> Event:
-    """An event of the stream. Raises ValueError, KeyError or TypeError for one that is none."""
-    data = json.loads(told.data)
-    vm = parse_vm(data) if told.event in ("vm", "vm-deleted") else None
-    operation = parse_operation(data) if told.event == "operation" else None
-    return Event(told.id, told.event, vm, operation, data)
+class EventReader:
+    """Events from the lines of a stream (WHATWG HTML, 9.2, as far as lumed's server uses it)."""
+
+    def __init__(self) -> None:
+        self._fields: dict[str, str] = {}
+
+    def feed(self, line: bytes) -> Event | None:
+        """Take a line; the event that it completes.
+
+        Raises ValueError, KeyError or TypeError for one that is none.
+        """
+        text = line.decode(errors="replace").rstrip("\r\n")
+        if text:
+            name, _, value = text.partition(":")
+            self._fields[name] = value.removeprefix(" ")
+            return None
+        fields, self._fields = self._fields, {}
+        return _make_event(fields) if "data" in fields else None
+
+
+def _make_event(fields: dict[str, str]) -> Event:
+    data, kind = json.loads(fields["data"]), fields.get("event", "message")
+    vm = parse_vm(data) if kind in ("vm", "vm-deleted") else None
+    operation = parse_operation(data) if kind == "operation" else None
+    return Event(fields.get("id", ""), kind, vm, operation, data)
