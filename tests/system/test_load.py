@@ -27,6 +27,7 @@ CLIENTS = 64
 VMS = 50
 # A client that asked before is answered by its deadline, also on a busy machine.
 _LAST_ANSWER_S = 60
+_SETTLED_S = 2.0
 
 
 @dataclass
@@ -103,8 +104,20 @@ class Visitor:
             self._ledger.ending[name] -= 1
 
 
-def measure(pid: int) -> dict[str, int]:
-    """What a process holds: descriptors, threads, and resident memory in MiB."""
+async def measure(pid: int) -> dict[str, int]:
+    """What a process holds once it is over with what has ended, see read_held."""
+    least, since = read_held(pid), time.monotonic()
+    # On a busy machine it hears of the clients' 64 hang-ups some time after they have gone.
+    while time.monotonic() - since < _SETTLED_S:
+        await asyncio.sleep(0.1)
+        held = read_held(pid)
+        if held["descriptors"] < least["descriptors"]:
+            least, since = held, time.monotonic()
+    return least
+
+
+def read_held(pid: int) -> dict[str, int]:
+    """Descriptors, threads, and resident memory in MiB."""
     status = Path(f"/proc/{pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     return {
@@ -128,11 +141,6 @@ async def crowd(server: Server, image: Path, ledger: Ledger, seconds: float, see
             await clients[0].delete_vm(vm.name)
     finally:
         await asyncio.gather(*(client.close() for client in clients))
-    # The server closes its ends in a moment.
-    give_up_at = time.monotonic() + 10
-    while server.process and measure(server.process.pid)["descriptors"] > CLIENTS:
-        assert time.monotonic() < give_up_at
-        await asyncio.sleep(0.05)
 
 
 async def listen(server: Server, seen: list[Vm], ready: asyncio.Event) -> None:
@@ -149,7 +157,7 @@ async def hold_up(server: Server, image: Path, seconds: float, seed: int) -> Non
     assert server.process is not None
     pid = server.process.pid
     await crowd(server, image, Ledger(), 5, seed)
-    before = measure(pid)
+    before = await measure(pid)
     ledger, ready = Ledger(), asyncio.Event()
     seen: list[Vm] = []
     watcher = asyncio.create_task(listen(server, seen, ready))
@@ -157,7 +165,7 @@ async def hold_up(server: Server, image: Path, seconds: float, seed: int) -> Non
     await crowd(server, image, ledger, seconds, seed + CLIENTS)
     watcher.cancel()
     await asyncio.gather(watcher, return_exceptions=True)
-    after = measure(pid)
+    after = await measure(pid)
     print(before, after, dict(ledger.calls), dict(ledger.refused), len(seen))
     assert not ledger.wrong, (len(ledger.wrong), ledger.wrong[:20])
     assert min(ledger.calls.values()) > 0
