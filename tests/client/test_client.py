@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from lumed import AsyncClient, Client
 from lumed.client import calls
 from lumed.client.calls import Call, Share
 from lumed.client.errors import ServerUnreachable
+from lumed.client.events import EventReader
 from lumed.errors import (
     AlreadyExists,
     InvalidField,
@@ -228,6 +229,7 @@ def test_connections_are_kept_and_one_that_the_server_closed_is_made_anew() -> N
     reply = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
         listener.settimeout(10)
+        is_closed = threading.Event()
 
         def serve() -> list[int]:
             counts = []
@@ -238,13 +240,15 @@ def test_connections_are_kept_and_one_that_the_server_closed_is_made_anew() -> N
                     while counts[-1] < requests and connection.recv(65536):
                         counts[-1] += 1
                         connection.sendall(reply)
+                is_closed.set()
             return counts
 
         served = pool.submit(serve)
         with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
-            for _ in range(3):
+            for _ in range(2):
                 assert client.list_vms() == []
-                time.sleep(0.1)  # for the server to close the first one
+            assert is_closed.wait(10)
+            assert client.list_vms() == []
             assert served.result(10) == [2, 1]
 
 
@@ -261,6 +265,22 @@ def test_a_silent_server_is_told_by_what_was_asked(
         pytest.raises(error),
     ):
         client.carry_out(replace(call, timeout_s=0.2))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 1000])
+def test_events_come_in_any_pieces_and_hold_any_text(piece_bytes: int) -> None:
+    data = {"text": "a line\u2028separator, one\x85more: and data: too"}
+    stream = b": watching\n\n" + b"".join(
+        f"id: 7-{number}\nevent: reset\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+        for number in range(2)
+    )
+    reader = EventReader()
+    pieces = [stream[at : at + piece_bytes] for at in range(0, len(stream), piece_bytes)]
+    events = [event for piece in pieces for event in reader.feed(piece)]
+    assert [(event.id, event.kind, event.raw) for event in events] == [
+        ("7-0", "reset", data),
+        ("7-1", "reset", data),
+    ]
 
 
 def test_several_threads_may_use_one_client(client: Client) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
@@ -12,8 +12,7 @@ from typing import Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
 import httpx2
 
 from lumed.client import calls
-from lumed.client.calls import Call, plan_events, plan_follow
-from lumed.client.client import LOOK_AGAIN_S, PROGRESS_EVERY_S, SILENCE_S, describe
+from lumed.client.calls import Call, describe, plan_events, plan_follow
 from lumed.client.connection import (
     CONNECT_S,
     Target,
@@ -26,7 +25,15 @@ from lumed.client.connection import (
 from lumed.client.errors import ServerUnreachable
 from lumed.client.events import Event, EventReader
 from lumed.client.models import Operation, Vm
-from lumed.client.waiting import Deadline, Goal, check_goal, not_reached
+from lumed.client.waiting import (
+    LOOK_AGAIN_S,
+    PROGRESS_EVERY_S,
+    SILENCE_S,
+    Deadline,
+    Goal,
+    check_goal,
+    not_reached,
+)
 from lumed.errors import LumedError, TimedOut
 
 P = ParamSpec("P")
@@ -176,16 +183,19 @@ class AsyncClient:
 
     async def _listen(self, call: Call[None], silence_s: float) -> AsyncIterator[Event]:
         reader = EventReader()
-        async with self._stream(call, silence_s) as reply:
-            async for line in reply.aiter_lines():
-                if (event := reader.feed(line.encode())) is not None:
+        # Closed with this one, and not at some time by the collector.
+        async with contextlib.aclosing(self._follow(call, silence_s)) as pieces:
+            async for piece in pieces:
+                for event in reader.feed(piece):
                     yield event
         raise say_ended(self._target)
 
-    async def _follow(self, call: Call[None]) -> AsyncIterator[bytes]:
-        async with self._stream(call, None) as reply:
-            async for chunk in reply.aiter_bytes():
-                yield chunk
+    async def _follow(
+        self, call: Call[None], silence_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        async with self._stream(call, silence_s) as reply:
+            async for piece in reply.aiter_bytes():
+                yield piece
 
     @contextlib.asynccontextmanager
     async def _stream(

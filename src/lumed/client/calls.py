@@ -8,14 +8,17 @@ See the server's /docs for the fields.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 from urllib.parse import quote
 
 from lumed.client import models
 from lumed.client.models import Config, Host, Image, Location, Operation, Pruned, Vm
 
+P = ParamSpec("P")
 T = TypeVar("T")
 # A number with KB, MB, GB or TB ("8GB", "1.5TB"), or bytes.
 Size = str | int
@@ -37,6 +40,15 @@ class Call(Generic[T]):
     body: Mapping[str, object] | None = None
     timeout_s: float = _ANSWER_S
     is_json: bool = True
+
+
+def describe(function: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
+    """The function with the name, the text and the parameters of the call, for help()."""
+    functools.update_wrapper(function, plan, assigned=("__name__", "__qualname__", "__doc__"))
+    function.__signature__ = inspect.signature(plan).replace(  # type: ignore[attr-defined]
+        return_annotation=inspect.Signature.empty
+    )
+    return function
 
 
 @dataclass(frozen=True, slots=True)

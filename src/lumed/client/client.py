@@ -14,20 +14,26 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, Literal, ParamSpec, Self, TypeVar, overload
 
 from lumed.client import calls
-from lumed.client.calls import Call, plan_events, plan_follow
+from lumed.client.calls import Call, describe, plan_events, plan_follow
 from lumed.client.connection import check_outcome, choose_target, read_reply, say_ended
 from lumed.client.errors import ServerUnreachable
 from lumed.client.events import Event, EventReader
 from lumed.client.models import Operation, Vm
-from lumed.client.waiting import Deadline, Goal, check_goal, not_reached
+from lumed.client.waiting import (
+    LOOK_AGAIN_S,
+    PROGRESS_EVERY_S,
+    SILENCE_S,
+    Deadline,
+    Goal,
+    check_goal,
+    not_reached,
+)
 from lumed.client.wire import Wire
 from lumed.errors import TimedOut
 
@@ -37,12 +43,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PROGRESS_EVERY_S = 0.5
-# A stream that has been silent for so long is left, and the VM looked at anew: whether ssh
-# answers is found out by looking.
-LOOK_AGAIN_S = 2.0
-# The server says at least every 15 s that it is still there.
-SILENCE_S = 45.0
 _PIECE_BYTES = 64 << 10
 
 
@@ -65,15 +65,6 @@ class _Verb(Generic[P, T]):
             return client.carry_out(self._plan(*args, **kwargs))
 
         return describe(carry_out, self._plan)
-
-
-def describe(function: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
-    """The function with the name, the text and the parameters of the call, for help()."""
-    functools.update_wrapper(function, plan, assigned=("__name__", "__qualname__", "__doc__"))
-    function.__signature__ = inspect.signature(plan).replace(  # type: ignore[attr-defined]
-        return_annotation=inspect.Signature.empty
-    )
-    return function
 
 
 class Client:
@@ -216,14 +207,12 @@ class Client:
 
     def _listen(self, call: Call[None], silence_s: float) -> Iterator[Event]:
         reader = EventReader()
-        with self._stream(call, silence_s) as reply:
-            while line := reply.readline():
-                if (event := reader.feed(line)) is not None:
-                    yield event
+        for piece in self._follow(call, silence_s):
+            yield from reader.feed(piece)
         raise say_ended(self._target)
 
-    def _follow(self, call: Call[None]) -> Iterator[bytes]:
-        with self._stream(call, None) as reply:
+    def _follow(self, call: Call[None], silence_s: float | None = None) -> Iterator[bytes]:
+        with self._stream(call, silence_s) as reply:
             while piece := reply.read1(_PIECE_BYTES):
                 yield piece
 

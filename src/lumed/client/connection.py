@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,6 @@ from lumed.client.errors import ServerUnreachable, make_error, read_error
 from lumed.errors import InvalidField, LumedError, OutcomeUnknown, TimedOut
 
 if TYPE_CHECKING:
-    import ssl
-
     from lumed.client.models import Operation
 
 T = TypeVar("T")
@@ -40,8 +39,6 @@ class Target:
 
     def make_tls(self) -> ssl.SSLContext:
         """What the server's certificate is checked with. Raises InvalidField."""
-        import ssl
-
         try:
             return ssl.create_default_context(cafile=self.ca)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lumed.client.models import Json, Operation, Vm, parse_operation, parse_vm
@@ -25,23 +26,22 @@ class Event:
 
 
 class EventReader:
-    """Events from the lines of a stream (WHATWG HTML, 9.2, as far as lumed's server uses it)."""
+    """Events from a stream's bytes (WHATWG HTML, 9.2, as far as lumed's server uses it)."""
 
     def __init__(self) -> None:
-        self._fields: dict[str, str] = {}
+        self._rest = b""
 
-    def feed(self, line: bytes) -> Event | None:
-        """Take a line; the event that it completes.
+    def feed(self, piece: bytes) -> Iterator[Event]:
+        """Take the next bytes; the events that they complete.
 
         Raises ValueError, KeyError or TypeError for one that is none.
         """
-        text = line.decode(errors="replace").rstrip("\r\n")
-        if text:
-            name, _, value = text.partition(":")
-            self._fields[name] = value.removeprefix(" ")
-            return None
-        fields, self._fields = self._fields, {}
-        return _make_event(fields) if "data" in fields else None
+        *texts, self._rest = (self._rest + piece).split(b"\n\n")
+        for text in texts:
+            # Not splitlines: names in the data may hold what ends a line elsewhere.
+            fields = dict(line.partition(": ")[::2] for line in text.decode().split("\n"))
+            if "data" in fields:
+                yield _make_event(fields)
 
 
 def _make_event(fields: dict[str, str]) -> Event:

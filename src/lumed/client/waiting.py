@@ -12,6 +12,13 @@ from lumed.errors import MachineFailed, TimedOut
 
 Goal = Literal["stopped", "running", "ip", "ssh", "agent"]
 
+PROGRESS_EVERY_S = 0.5
+# A stream that has been silent for so long is left, and the VM looked at anew: whether ssh
+# answers is found out by looking.
+LOOK_AGAIN_S = 2.0
+# The server says at least every 15 s that it is still there.
+SILENCE_S = 45.0
+
 _WORDS = {
     "stopped": "off",
     "running": "running",

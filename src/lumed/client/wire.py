@@ -88,7 +88,7 @@ class Wire:
                 if not self._idle:
                     return None
                 connection = self._idle.pop()
-            if connection.sock is not None and not select.select([connection.sock], [], [], 0)[0]:
+            if connection.sock is not None and not _has_come(connection.sock):
                 return connection
             connection.close()
 
@@ -123,6 +123,13 @@ class Wire:
             body = json.dumps(call.body).encode()
             headers["Content-Type"] = "application/json"
         connection.request(call.method, path, body, headers)
+
+
+def _has_come(connected: socket.socket) -> bool:
+    """Whether there is something to read, if only the end."""
+    poll = select.poll()  # select.select ends at descriptor 1,024
+    poll.register(connected, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _UnixConnection(http.client.HTTPConnection):
