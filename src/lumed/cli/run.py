@@ -89,7 +89,7 @@ def run(
         if value is not None:
             raise NotPossibleHere(
                 f"{option} is not possible: a machine of lumed boots from its own disk",
-                hint="attach another disk with --disk, or create a VM from it with --image",
+                hint="attach another disk with --disk, or use lume create NAME --image FILE",
             )
     shares = [_read_share(share) for share in shared_dir or ()]
     with link.connect() as client:
@@ -102,8 +102,8 @@ def run(
             vnc=vnc,
             vnc_port=vnc_port or None,
             vnc_password=vnc_password,
-            disks=[_find(path) for path in disk or ()],
-            usb_storage=[_find(path) for path in usb_storage or ()],
+            disks=[_absolute(path) for path in disk or ()],
+            usb_storage=[_absolute(path) for path in usb_storage or ()],
             recovery_mode=recovery_mode == "true",
             no_display=no_display or display != "native",
             storage=storage,
@@ -129,11 +129,11 @@ def _read_share(text: str) -> Share:
 
     path, colon, mode = text.rpartition(":")
     if colon and mode in ("ro", "rw"):
-        return Share(_find(path), mode == "ro")
-    return Share(_find(text))
+        return Share(_absolute(path), mode == "ro")
+    return Share(_absolute(text))
 
 
-def _find(path: str) -> str:
+def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
